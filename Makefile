@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target creates the environment when it is missing; see .ci/env.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Nothing here downloads a model, and compiling the rotary embedding on a CPU costs more than it gives.
+OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
+PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
+ARGS ?=
+
+.PHONY: help which-python dev test test-unit test-gpu check format demo bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
+
+which-python: ## print the interpreter of the environment (use make -s)
+	@.ci/env
+
+dev: ## create the environment, about 11 GB and 7 minutes the first time
+	@.ci/env >/dev/null
+	@echo "Ready: source .venv/bin/activate"
+
+test: test-unit ## unit tests, then real servers on this machine's CPU
+	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
+
+test-unit: ## the tests that start no server
+	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests/unit -m "not gpu" $(ARGS)
+
+test-gpu: ## the tests that need an NVIDIA GPU
+	@$(PYTHON); HF_HUB_OFFLINE=1 "$$python" -m pytest tests -m gpu $(ARGS)
+
+check: ## ruff and mypy
+	@$(PYTHON); "$$python" -m ruff check .; "$$python" -m ruff format --check .; "$$python" -m mypy
+
+format: ## let ruff rewrite the sources
+	@$(PYTHON); "$$python" -m ruff check --fix .; "$$python" -m ruff format .
+
+demo: ## a small model, with and without compression, on this machine's CPU
+	@$(PYTHON); $(OFFLINE) "$$python" -m examples.demo $(ARGS)
+
+bench: ## the benchmarks; ARGS=--help lists them
+	@$(PYTHON); "$$python" -m benchmarks $(ARGS)
+
+clean: ## remove .venv and caches of this checkout; the shared base environment stays
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang on a plain CPU: torch kernels only, no AMX, no accelerator.
+
+An out-of-tree platform, so that SGLang takes neither its CUDA nor its AMX paths. It changes no
+SGLang code: it answers the platform interface (sglang/srt/platforms/interface.py) and sets the
+process-wide switches that are listed in docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+# sglang.srt.utils.common asks for current_platform while it is being imported, and so loads this
+# module: everything that needs it is imported where it is used.
+
+MAX_TOTAL_TOKENS = 65_536
+MAX_RUNNING_REQUESTS = 64
+SHARED_MEMORY_FRACTION = 0.8
+
+
+class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """The platform of a machine with x86-64 cores and nothing else.
+
+    Constructed once in every process of the server, by SGLang, when the process first asks for
+    ``current_platform``.
+    """
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        disable_compilation()
+        make_pin_memory_a_no_op()
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        """Bytes this process may use: the machine's memory, or its container's limit."""
+        from sglang.srt.utils.common import get_instance_memory_status
+
+        total = super().get_device_total_memory(device_id)
+        limit = get_instance_memory_status("/sys/fs/cgroup/memory.max")
+        return total if limit is None else min(total, limit)
+
+    def get_device(self, device_id: int | None = 0) -> str:
+        """The device's name. A string: without --device, SGLang splits it (serving_hook.py:658)."""
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fill in what the user left open (arg_groups/platform_hook.py:76).
+
+        ``server_args`` reads the arguments resolved so far; what is assigned becomes a declared
+        default. Runs in the launching process, before any worker is spawned.
+        """
+        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+        from sglang.srt.utils.common import get_cpu_ids_by_node
+
+        # Declared for every CPU by handle_cpu_backends, and never usable here.
+        if server_args.attention_backend == "intel_amx":
+            server_args.attention_backend = self.get_default_attention_backend()
+        graphs = server_args.cuda_graph_config
+        for phase in Phase.ALL:
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = graphs
+
+        # The pool is host memory that others need too: do not take nearly all of it unasked.
+        if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        # SGLang's default reserves 2048 rows of context_len int32 in the request table.
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = MAX_RUNNING_REQUESTS
+
+        ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
+        if ranks > len(get_cpu_ids_by_node()):
+            bind_ranks(ranks)
+            # Each rank measures the memory of its whole NUMA node as its own.
+            if server_args.mem_fraction_static is None:
+                server_args.mem_fraction_static = round(SHARED_MEMORY_FRACTION / ranks, 3)
+
+
+def disable_compilation() -> None:
+    """Run ``@torch.compile`` functions as written, unless the user set TORCHDYNAMO_DISABLE.
+
+    SGLang decorates small elementwise functions (rotary_embedding/utils.py:96); compiling them on
+    a CPU costs 8-20 s in the first request, needs a C++ compiler, and gives nothing back.
+    """
+    if "TORCHDYNAMO_DISABLE" in os.environ:
+        return
+    # torch reads it when a function is decorated; spawned workers inherit it.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    config = sys.modules.get("torch._dynamo.config")
+    if config is not None:
+        config.disable = True  # type: ignore[attr-defined]
+
+
+def make_pin_memory_a_no_op() -> None:
+    """Let ``Tensor.pin_memory`` return the tensor: without an accelerator it can only raise.
+
+    SGLang's video decoder pins every frame batch outside its own CPU engine
+    (utils/video_decoder.py:192).
+    """
+
+    def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+        return self
+
+    torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
+
+
+def bind_ranks(ranks: int) -> None:
+    """Deal the usable cores to ``ranks`` processes, unless the user has done so.
+
+    SGLang asserts ranks <= NUMA nodes without SGLANG_CPU_OMP_THREADS_BIND
+    (utils/numa_utils.py:463). Without OMP_NUM_THREADS every rank would start a thread per core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    groups = [
+        [cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(ranks)
+    ]
+    os.environ.setdefault(
+        "SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, group)) for group in groups)
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))

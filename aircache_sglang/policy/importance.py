@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the elite window attends to each visual token (eqs. 6 to 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aircache_sglang.policy.elite import elite_mask_batched, text_shape
+from aircache_sglang.policy.validation import (
+    compute_dtype,
+    positive_int,
+    tensor_of,
+    validate_scale,
+)
+
+DEFAULT_WINDOW = 512
+# one block: at most 128 MiB of float32 logits, and of keys widened to float32
+MAX_ELEMENTS = 1 << 25
+
+
+def importance_batched(
+    q_text: Tensor,
+    k_text: Tensor,
+    k_visual: Tensor,
+    *,
+    alpha: float = 0.9,
+    scale: float | None = None,
+    elite: str = "per-head",
+    window: int | None = DEFAULT_WINDOW,
+    max_elements: int = MAX_ELEMENTS,
+) -> Tensor:
+    """`importance` for all layers of one request at once, without a host sync.
+
+    How many tokens are elite is known on the device only, so every row is computed and the
+    others get weight 0. The work is cut into blocks of KV heads, layers and rows; how many follows
+    from the shapes.
+
+    Args:
+        q_text: [L, N_t, H_q, D], after RoPE.
+        k_text: [L, N_t, H_kv, D], after RoPE; H_q is a multiple of H_kv.
+        k_visual: [L, N_v, H_kv, D], after RoPE.
+        alpha, scale, elite: see `elite_mask`.
+        window: only the last `window` instruction tokens count; None for all.
+        max_elements: a block has at most so many logits and so many key elements; the least block
+            is one row of one KV group.
+    Returns:
+        float32 [L, H_kv, N_v] on the inputs' device; float32 arithmetic inside (float64 for
+        float64 inputs).
+    Raises:
+        ValueError: a shape, dtype or value is not as above.
+    """
+    if window is not None:
+        window = positive_int("window", window)
+        q_text, k_text = q_text[:, -window:], k_text[:, -window:]
+    positive_int("max_elements", max_elements)
+    n_layers, n_text, n_q, head_dim, n_kv = text_shape(q_text, k_text)
+    tensor_of("k_visual", k_visual, (n_layers, "N_v", n_kv, head_dim))
+    n_visual, group = k_visual.shape[1], n_q // n_kv
+    scale = validate_scale(scale, head_dim)
+    dtype = compute_dtype(q_text, k_text, k_visual)
+
+    elite_tokens = elite_mask_batched(q_text, k_text, alpha=alpha, scale=scale, elite=elite)
+    weight = elite_tokens.to(dtype)
+    weight /= weight.sum(dim=-1, keepdim=True) * group  # eq. 8 and the mean over the KV group
+    elite_tokens = elite_tokens.view(n_layers, n_kv, group, 1, n_text)
+    weight = weight.view(n_layers, n_kv, group, n_text)
+    queries = q_text.reshape(n_layers, n_text, n_kv, group, head_dim).permute(0, 2, 3, 1, 4)
+    text_keys, visual_keys = k_text.permute(0, 2, 3, 1), k_visual.permute(0, 2, 3, 1)
+
+    # the next axis is cut only where the one before fits whole
+    n_keys = n_visual + n_text
+    rows = min(n_text, max(1, max_elements // (group * n_keys)))
+    per_head = n_keys * max(group * n_text, head_dim)
+    heads = min(n_kv, max(1, max_elements // per_head))
+    layers = max(1, max_elements // (per_head * n_kv))
+    scores = torch.zeros(n_layers, n_kv, n_visual, dtype=dtype, device=k_visual.device)
+    for l0 in range(0, n_layers, layers):
+        for h0 in range(0, n_kv, heads):
+            part = (slice(l0, l0 + layers), slice(h0, h0 + heads))
+            k_t, k_v = text_keys[part].to(dtype), visual_keys[part].to(dtype)
+            for t0 in range(0, n_text, rows):
+                q = queries[part][:, :, :, t0 : t0 + rows].to(dtype) * scale
+                l_, h_, g_, t_, _ = q.shape
+                q = q.reshape(l_, h_, g_ * t_, head_dim)
+                on_visual = torch.matmul(q, k_v)  # [l, h, g * t, N_v]
+                on_text = torch.matmul(q, k_t).view(l_, h_, g_, t_, n_text)
+                # eq. 6: only elite text keys share the softmax with the visual ones
+                on_text.masked_fill_(~elite_tokens[part], float("-inf"))
+                on_text = on_text.view(l_, h_, g_ * t_, n_text)
+                top = torch.maximum(on_visual.amax(-1, True), on_text.amax(-1, True))
+                on_visual.sub_(top).exp_()
+                on_text.sub_(top).exp_()
+                total = on_visual.sum(-1) + on_text.sum(-1)  # [l, h, g * t], eq. 7
+                share = weight[part][..., t0 : t0 + rows].reshape(l_, h_, g_ * t_) / total
+                scores[part].add_(torch.matmul(share.unsqueeze(-2), on_visual).squeeze(-2))
+    return scores.to(torch.float32)
+
+
+def importance(
+    q_text: Tensor,
+    k_text: Tensor,
+    k_visual: Tensor,
+    *,
+    alpha: float = 0.9,
+    scale: float | None = None,
+    elite: str = "per-head",
+    window: int | None = None,
+) -> Tensor:
+    """Importance I_v of the visual tokens in one layer (AirCache eqs. 6 to 8).
+
+    Per query head: softmax of the elite queries over the visual keys and the elite text keys (no
+    causal mask between the elite tokens, as the paper writes it), mean over the elite queries;
+    then the mean over the query heads of each KV group. A row sums to at most 1.
+
+    Args:
+        q_text: [N_t, H_q, D], after RoPE.
+        k_text: [N_t, H_kv, D], after RoPE; H_q is a multiple of H_kv.
+        k_visual: [N_v, H_kv, D], after RoPE.
+        alpha, scale, elite: see `elite_mask`.
+        window: only the last `window` instruction tokens count; None for all.
+    Returns:
+        float32 [H_kv, N_v].
+    Raises:
+        ValueError: a shape, dtype or value is not as above, or an input holds NaN or infinity.
+    """
+    tensor_of("q_text", q_text, ("N_t", "H_q", "D"))
+    tensor_of("k_text", k_text, ("N_t", "H_kv", "D"))
+    tensor_of("k_visual", k_visual, ("N_v", "H_kv", "D"))
+    for name, value in (("q_text", q_text), ("k_text", k_text), ("k_visual", k_visual)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    scores = importance_batched(
+        q_text[None],
+        k_text[None],
+        k_visual[None],
+        alpha=alpha,
+        scale=scale,
+        elite=elite,
+        window=window,
+    )[0]
+    assert not bool(scores.isnan().any()), "importance of finite inputs is finite"
+    return scores

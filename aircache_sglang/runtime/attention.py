@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend: SGLang's own, which also stashes queries and decodes compressed requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from aircache_sglang.runtime.decode import Bucket, CellCache, attend, make_bucket
+from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
+from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.stash import StashWork
+from aircache_sglang.runtime.table import CompressionTable
+
+
+@dataclasses.dataclass(slots=True)
+class AttentionState:
+    """What the backend shares with the compressor (runtime/engine.py)."""
+
+    pool: LayerContiguousKVPool
+    table: CompressionTable
+    records: dict[int, CompressionRecord]
+    # The queries to keep while this forward runs.
+    stash_work: Sequence[StashWork] = ()
+    # The step's requests, empty if none of them is compressed.
+    buckets: list[Bucket] = dataclasses.field(default_factory=list)
+    cell_cache: CellCache = dataclasses.field(default_factory=CellCache)
+
+    def plan_decode(self, forward_batch: Any, req_to_token: torch.Tensor) -> None:
+        """Sort the requests of a decode step into buckets."""
+        self.buckets = []
+        rows = forward_batch.req_pool_indices
+        records = [self.records.get(row) for row in rows.tolist()]
+        compressed = [record for record in records if record is not None]
+        if not compressed:
+            return
+        cells = self.cell_cache.cells(compressed, self.pool.layer_num, self.pool.rows)
+        kept = torch.tensor([record is not None for record in records], device=rows.device)
+        for chosen, bucket_cells in ((kept, cells), (~kept, [])):
+            members = chosen.nonzero().view(-1)
+            if members.numel():
+                bucket = make_bucket(
+                    members,
+                    rows[members],
+                    forward_batch.seq_lens[members],
+                    req_to_token,
+                    self.table.gap_start,
+                    self.table.gap_len,
+                    bucket_cells,
+                )
+                self.buckets.append(bucket)
+
+    def stash(self, q: torch.Tensor, layer: Any) -> None:
+        """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        for work in self.stash_work:
+            work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
+
+    def decode(self, q: torch.Tensor, layer: Any) -> torch.Tensor:
+        """Attention of one decode step; q: [bs, H_q * D], returns the same shape."""
+        heads = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(heads)
+        index = layer.layer_id - self.pool.start_layer
+        for bucket in self.buckets:
+            part = heads[bucket.members]
+            out[bucket.members] = attend(
+                bucket, part, self.pool.k_all, self.pool.v_all, index, layer.scaling
+            )
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+
+@functools.cache
+def compressing(stock: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The subclass of an attention backend that stashes queries and decodes compressed requests.
+
+    Prefill is stock, and so is the decode of a batch with nothing compressed in it.
+    """
+
+    class CompressingBackend(stock):  # type: ignore[misc, valid-type]
+        aircache: AttentionState
+
+        def init_forward_metadata(self, forward_batch: Any) -> None:
+            super().init_forward_metadata(forward_batch)
+            self.aircache.buckets = []
+            if forward_batch.forward_mode.is_decode():
+                self.aircache.plan_decode(forward_batch, self.req_to_token_pool.req_to_token)
+
+        def forward_extend(
+            self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            if self.aircache.stash_work:
+                self.aircache.stash(q, layer)
+            return super().forward_extend(q, k, v, layer, *args, **kwargs)
+
+        def forward_decode(
+            self,
+            q: Any,
+            k: Any,
+            v: Any,
+            layer: Any,
+            forward_batch: Any,
+            save_kv_cache: bool = True,
+            **kwargs: Any,
+        ) -> Any:
+            if not self.aircache.buckets:
+                return super().forward_decode(
+                    q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
+                )
+            if save_kv_cache and k is not None:
+                loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+                self.aircache.pool.set_kv_buffer(layer, loc, k, v)
+            return self.aircache.decode(q, layer)
+
+    CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
+    return CompressingBackend
+
+
+def adopt(backend: AttentionBackend, state: AttentionState) -> None:
+    """Make a constructed backend a compressing one.
+
+    The object stays what it was, with all its state and an instance of its own class: a wrapper
+    would have to forward every attribute that SGLang reads off a backend.
+    """
+    backend.__class__ = compressing(type(backend))
+    backend.aircache = state  # type: ignore[attr-defined]

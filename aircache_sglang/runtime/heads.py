@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tensor-parallel ranks must agree on: they hold different KV heads of every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class TensorParallelHeads:
+    """The attention heads of a tensor-parallel group (SGLang's GroupCoordinator).
+
+    With fewer KV heads than ranks SGLang replicates each head on consecutive ranks.
+    """
+
+    def __init__(self, group: Any, n_kv_heads: int) -> None:
+        self._group = group
+        self._size = int(group.world_size)
+        self._replicas = max(1, self._size // n_kv_heads)
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks of equally many heads each, the same on every rank."""
+        if self._size == 1:
+            return tensor
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=self._group.device_group)
+        return total / self._size
+
+    def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[L, H_local, N] of each rank to [L, H_kv, N] on every rank."""
+        if self._size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self._size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=self._group.device_group)
+        return torch.cat(parts[:: self._replicas], dim=1)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a prompt's visual tokens lie and where its instruction begins.
+
+Spans come from the request's own multimodal items, never from a token name of one model family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from aircache_sglang.config import INSTRUCTION_LIMIT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VisualPrompt:
+    """Layout of one prompt.
+
+    spans: half-open [start, end) position ranges of visual tokens, ascending, disjoint, merged.
+    length: tokens of the prompt.
+    n_visual: visual tokens of all spans (images and frames share one budget).
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    length: int
+    n_visual: int
+
+    @property
+    def start(self) -> int:
+        """First visual position; the text before it is the shareable head of the prompt."""
+        return self.spans[0][0]
+
+    @property
+    def end(self) -> int:
+        """One past the last visual position: the first position of the instruction."""
+        return self.spans[-1][1]
+
+    @property
+    def n_between(self) -> int:
+        """Text tokens between visual spans."""
+        return self.end - self.start - self.n_visual
+
+    @property
+    def instruction(self) -> tuple[int, int]:
+        """Half-open positions of the instruction, at most the last INSTRUCTION_LIMIT tokens."""
+        return max(self.end, self.length - INSTRUCTION_LIMIT), self.length
+
+    def visual_positions(self) -> torch.Tensor:
+        """int64 [n_visual], ascending."""
+        return torch.cat([torch.arange(a, b) for a, b in self.spans])
+
+    def between_positions(self) -> torch.Tensor:
+        """int64 [n_between], ascending: text positions in [start, end)."""
+        gaps = zip(self.spans, self.spans[1:], strict=False)
+        parts = [torch.arange(left[1], right[0]) for left, right in gaps]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def merge_spans(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
+    """Sort half-open spans and join the adjacent ones; None if two of them overlap."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            return None
+        if merged and start == merged[-1][1]:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def read_spans(mm_items: Sequence[Any]) -> list[tuple[int, int]]:
+    """Half-open spans of all image and video items.
+
+    SGLang stores inclusive (start, end) pairs, absolute in `origin_input_ids`, several for one
+    video (managers/schedule_batch.py, MultimodalDataItem.offsets).
+    """
+    spans: list[tuple[int, int]] = []
+    for item in mm_items:
+        if item.is_image() or item.is_video():
+            spans.extend((int(start), int(end) + 1) for start, end in item.offsets or ())
+    return spans
+
+
+def read_prompt(
+    input_ids: Sequence[int], mm_items: Sequence[Any], pad_floor: int
+) -> VisualPrompt | str | None:
+    """Read the layout of a prompt.
+
+    input_ids: the padded prompt; ids >= pad_floor are multimodal placeholders.
+    Returns None for a prompt without visual tokens, or a short reason (a metric label) why the
+    layout cannot be trusted: truncated prompts and items whose tokens are missing are served
+    uncompressed rather than wrongly.
+    """
+    spans = read_spans(mm_items)
+    if not spans:
+        return None
+    merged = merge_spans(spans)
+    if merged is None or any(end <= start for start, end in spans):
+        return "overlapping_spans"
+    length = len(input_ids)
+    if merged[0][0] < 0 or merged[-1][1] > length:
+        return "truncated_prompt"
+    if any(min(input_ids[start:end]) < pad_floor for start, end in merged):
+        return "span_mismatch"
+    if merged[-1][1] == length:
+        return "no_instruction"
+    n_visual = sum(end - start for start, end in merged)
+    return VisualPrompt(spans=merged, length=length, n_visual=n_visual)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model runner's attention backend, and the forward pass around which requests are compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aircache_patches import process
+from aircache_patches.install import policy_in_force
+
+
+def init_attention_backends(result: Any, model_runner: Any) -> None:
+    """AFTER ModelRunner.init_attention_backends: pool, request table and backend exist now."""
+    from aircache_sglang.runtime.engine import Compressor
+
+    policy, config = policy_in_force()
+    process.set_compressor(Compressor(policy, config, model_runner))
+
+
+def forward_batch_generation(
+    original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND TpModelWorker.forward_batch_generation, on the forward stream.
+
+    The next decode step is launched before the scheduler sees this prefill's result, so the pass has
+    to follow the prefill here (managers/scheduler.py, event_loop_overlap).
+    """
+    return process.compressor().run_forward(batch, lambda: original(worker, batch, *args, **kwargs))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installing the hooks, or refusing: never a server that silently does not compress."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from aircache_patches import ledger
+from aircache_patches.refusal import refuse
+from aircache_patches.resolution import register_radix_cache
+from aircache_patches.support import unsupported
+from aircache_sglang.config import AirCacheConfig
+
+_installed: tuple[str, AirCacheConfig] | None = None
+
+
+def sglang_version() -> str | None:
+    """The installed SGLang's version; None without one."""
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return None
+
+
+def checked_config(server_args: Any) -> AirCacheConfig:
+    """The flags as a configuration. Raises Refusal that names the bad one."""
+    try:
+        return AirCacheConfig.from_server_args(server_args)
+    except ValueError as error:
+        raise refuse(str(error)) from error
+
+
+def policy_in_force() -> tuple[str, AirCacheConfig]:
+    """What `install` was called with; the hooks read it."""
+    assert _installed is not None, "a hook ran before its installation"
+    return _installed
+
+
+def install(policy: str, config: AirCacheConfig) -> None:
+    """Apply every hook of the ledger, once a process. Raises Refusal if one does not apply."""
+    global _installed
+    if _installed is not None:
+        return
+    found = sglang_version()
+    if found not in ledger.TESTED_VERSIONS:
+        raise refuse(
+            f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, found "
+            f"{found}; install one of these versions, or start without --kv-policy"
+        )
+    missing = ledger.missing_targets()
+    if not missing:
+        for step, wrapper in ledger.resolution_hooks():
+            register_resolution_hook(step)(wrapper)
+        for hook in ledger.hooks():
+            HookRegistry.register(hook.target, hook.function, hook.kind)
+        # Idempotent; it logs, and goes on, where a target does not fit: hence the check.
+        HookRegistry.apply_hooks()
+        register_radix_cache()
+        missing = [h.target for h in ledger.hooks() if h.target not in HookRegistry._patched]
+    if missing:
+        raise refuse(
+            f"--kv-policy {policy} needs hooks that this SGLang {found} does not accept: "
+            f"{', '.join(missing)}; reinstall SGLang, or start without --kv-policy"
+        )
+    _installed = (policy, config)
+
+
+def refuse_unsupported(server_args: Any) -> None:
+    """Raises Refusal for the first flag or model that cannot be served; see support.py."""
+    for sentence in unsupported(server_args):
+        raise refuse(sentence)

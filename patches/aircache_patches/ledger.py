@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ordered list of hooks, with the SGLang versions it was tested on.
+
+An upgrade of SGLang touches this folder alone. README.md says for each hook why it is needed and
+what would make it unnecessary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+TESTED_VERSIONS = ("0.5.23",)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hook:
+    """One function or class of SGLang that we wrap or replace."""
+
+    target: str
+    function: Any
+    kind: HookType
+
+
+def hooks() -> list[Hook]:
+    """All hooks, in the order in which a request meets them."""
+    from aircache_patches import accounting, forward, output, pool, prefill, requests
+
+    around, after, replace = HookType.AROUND, HookType.AFTER, HookType.REPLACE
+    srt = "sglang.srt."
+    return [
+        Hook(srt + "platforms.interface.SRTPlatform.get_kv_pool_cls", pool.get_kv_pool_cls, around),
+        Hook(
+            srt + "model_executor.model_runner.ModelRunner.init_attention_backends",
+            forward.init_attention_backends,
+            after,
+        ),
+        Hook(
+            srt + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
+            requests.validate_one_request,
+            after,
+        ),
+        Hook(
+            srt + "managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req",
+            prefill.request_slot_reserve_for_req,
+            around,
+        ),
+        Hook(
+            srt + "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+            prefill.prepare_for_extend,
+            after,
+        ),
+        Hook(
+            srt + "managers.tp_worker.TpModelWorker.forward_batch_generation",
+            forward.forward_batch_generation,
+            around,
+        ),
+        Hook(
+            srt + "managers.scheduler_components.pool_stats_observer.kv_private_tokens",
+            accounting.kv_private_tokens,
+            around,
+        ),
+        Hook(
+            srt + "managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
+            output.AirCacheOutputStreamer,
+            replace,
+        ),
+        Hook(
+            srt + "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+            requests.update_request_meta_info,
+            around,
+        ),
+    ]
+
+
+def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]], None]]]:
+    """Wrapped steps of SGLang's argument resolution (arg_groups/pipeline.py)."""
+    from aircache_patches import resolution
+
+    return [("handle_cache_compatibility", resolution.handle_cache_compatibility)]
+
+
+def missing_targets() -> list[str]:
+    """Targets that the installed SGLang does not have."""
+    missing = []
+    for hook in hooks():
+        try:
+            pkgutil.resolve_name(hook.target)
+        except (ImportError, AttributeError):
+            missing.append(hook.target)
+    return missing

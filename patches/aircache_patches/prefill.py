@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission and allocation of a prefill: the columns are counted and allocated with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aircache_patches import process
+
+
+def request_slot_reserve_for_req(
+    original: Callable[..., int], adder: Any, req: Any, *, extend_input_len: int | None = None
+) -> int:
+    """AROUND PrefillAdder._request_slot_reserve_for_req: the columns exist beside the full prompt
+    until the prefill's result is processed."""
+    stock = original(adder, req, extend_input_len=extend_input_len)
+    return stock + process.compressor().slots_to_reserve(req, extend_input_len)
+
+
+def prepare_for_extend(result: Any, batch: Any) -> None:
+    """AFTER ScheduleBatch.prepare_for_extend: the prompts' own slots are allocated."""
+    process.compressor().allocate_columns(batch)

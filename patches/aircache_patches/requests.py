@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests and answers in the tokenizer manager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aircache_patches.install import policy_in_force
+from aircache_sglang.config import REQUEST_KEY
+
+
+def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
+    """AFTER TokenizerManager._validate_one_request: a ValueError becomes an HTTP 400."""
+    params = getattr(obj, "sampling_params", None)
+    if isinstance(params, dict):
+        _, config = policy_in_force()
+        config.with_overrides(params.get("custom_params"))
+
+
+def update_request_meta_info(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, list[Any]],
+    index: int,
+    finish_reason: Any,
+) -> None:
+    """AROUND TokenizerManager.update_request_meta_info: the report is one object, not a list that
+    grows by the token, and it is repeated in every chunk of a stream."""
+    rest = {key: value for key, value in customized_info.items() if key != REQUEST_KEY}
+    original(manager, meta_info, state, rest, index, finish_reason)
+    fresh = customized_info.get(REQUEST_KEY, [[]] * (index + 1))[index]
+    if fresh:
+        state.aircache_info = fresh[-1]
+    meta_info[REQUEST_KEY] = getattr(state, "aircache_info", None)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags, in `sglang.launch_server`, `sglang serve` and `sglang.Engine`, in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.server_args import ServerArgs
+
+from aircache_patches import install
+from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, AirCacheConfig
+from aircache_sglang.policy import policy_names
+
+TARGET = "sglang.srt.server_args.ServerArgs"
+_DEFAULT = AirCacheConfig()
+
+
+class AirCacheServerArgs(ServerArgs):  # type: ignore[misc]
+    """SGLang's arguments and ours; importable by name, since spawned processes unpickle it."""
+
+    kv_policy: A[
+        str,
+        Arg(
+            help="Which visual KV a multimodal request keeps after its prefill. 'none' is stock "
+            "SGLang; a policy needs a model and flags that it supports, or the server does not start.",
+            choices=["none", *policy_names()],
+        ),
+        NS("memory"),
+    ] = "none"
+    aircache_retention: A[
+        float,
+        "Share of the visual KV that is kept, 0 < R <= 1. 1 keeps all and compresses nothing.",
+        NS("memory"),
+    ] = _DEFAULT.retention
+    aircache_alpha: A[
+        float,
+        "Relevance threshold of the elite observation window, 0 <= alpha <= 1 (AirCache eq. 5).",
+        NS("memory"),
+    ] = _DEFAULT.alpha
+    aircache_budget: A[
+        str,
+        Arg(
+            help="What splits the kept tokens over the layers (AirCache eq. 11).",
+            choices=list(BUDGET_MODES),
+        ),
+        NS("memory"),
+    ] = _DEFAULT.budget
+    aircache_window: A[
+        str,
+        "Observation window: 'elite', 'all' text tokens of the instruction, or 'last-N' of them.",
+        NS("memory"),
+    ] = _DEFAULT.window
+    aircache_elite: A[
+        str,
+        Arg(
+            help="Whether each query head picks its own elite tokens or all share the head-mean row.",
+            choices=list(ELITE_MODES),
+        ),
+        NS("memory"),
+    ] = _DEFAULT.elite
+    aircache_min_visual_tokens: A[
+        int,
+        "A request with fewer visual tokens is left alone.",
+        NS("memory"),
+    ] = _DEFAULT.min_visual_tokens
+
+    def resolve_once(self) -> None:
+        """Runs in every process before SGLang uses the arguments (runtime_context.py, publish)."""
+        if self.kv_policy == "none":
+            super().resolve_once()
+            return
+        config = install.checked_config(self)
+        install.install(self.kv_policy, config)
+        first = not getattr(self, "_resolution_finished", False)
+        super().resolve_once()
+        if first:
+            install.refuse_unsupported(self)
+
+
+def register() -> None:
+    """Replace SGLang's argument class by ours, everywhere it is named."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    HookRegistry.register(TARGET, AirCacheServerArgs, HookType.REPLACE)
+    # A class attribute, which the registry's propagation to module globals does not reach.
+    Engine.server_args_class = AirCacheServerArgs
+
+
+def is_registered(server_args: Any) -> bool:
+    """Whether a record carries our flags."""
+    return isinstance(server_args, AirCacheServerArgs)

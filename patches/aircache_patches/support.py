@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served, each in one sentence that names it and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# Served and tested; see the README's matrix.
+ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
+
+# (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
+_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("page_size", 1, "--page-size"),
+    ("enable_mixed_chunk", False, "--enable-mixed-chunk"),
+    ("speculative_algorithm", None, "--speculative-algorithm"),
+    ("disaggregation_mode", "null", "--disaggregation-mode"),
+    ("encoder_only", False, "--encoder-only"),
+    ("enable_pdmux", False, "--enable-pdmux"),
+    ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+    ("enable_unified_memory", False, "--enable-unified-memory"),
+    ("enable_unified_cache_external_linker", False, "--enable-unified-cache-external-linker"),
+    ("enable_session_radix_cache", False, "--enable-session-radix-cache"),
+    ("enable_streaming_session", False, "--enable-streaming-session"),
+    ("enable_lmcache", False, "--enable-lmcache"),
+    ("enable_flexkv", False, "--enable-flexkv"),
+    ("enable_hisparse", False, "--enable-hisparse"),
+    ("enable_page_major_kv_layout", False, "--enable-page-major-kv-layout"),
+    ("enable_kv_cache_sharding", False, "--enable-kv-cache-sharding"),
+    ("prefill_only_disable_kv_cache", False, "--prefill-only-disable-kv-cache"),
+    ("enable_encoder_swa_bounded_replay", False, "--enable-encoder-swa-bounded-replay"),
+    ("enable_two_batch_overlap", False, "--enable-two-batch-overlap"),
+    ("enable_torch_compile", False, "--enable-torch-compile"),
+    ("attn_dp_size", 1, "--attn-dp-size"),
+    ("attn_cp_size", 1, "--attn-cp-size"),
+    ("dcp_size", 1, "--dcp-size"),
+    ("pp_size", 1, "--pp-size"),
+    ("dllm_algorithm", None, "--dllm-algorithm"),
+    ("kv_canary", "none", "--kv-canary"),
+)
+_KV_DTYPES = ("auto", "bf16", "bfloat16")
+
+
+def unsupported(server_args: Any) -> Iterator[str]:
+    """Sentences, the first of which refuses the start; none if all is well.
+
+    server_args: a resolved record of SGLang's arguments.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    policy = f"--kv-policy {server_args.kv_policy}"
+    for field, fine, flag in _FLAGS:
+        value = getattr(view, field)
+        if value != fine and not (fine is False and value is None):
+            shown = flag if value is True else f"{flag} {value}"
+            yield f"{policy} does not work with {shown}; drop one of the two flags"
+    if view.radix_eviction_policy == "tlru":
+        yield f"{policy} does not work with --radix-eviction-policy tlru; use lru"
+    if view.kv_cache_dtype not in _KV_DTYPES:
+        yield (
+            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; use auto or bf16"
+        )
+    if server_args.aircache_elite == "shared" and view.tp_size > 1:
+        yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
+    yield from _unsupported_environment(server_args, policy)
+    yield from _unsupported_device(view, policy)
+    yield from _unsupported_model(server_args, policy)
+
+
+def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
+    from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        yield f"{policy} does not work with SGLANG_RUST_SERVER=1; unset it"
+    if post_capture_kv_sizing_planned(server_args):
+        yield (
+            f"{policy} does not work with post-capture KV sizing; "
+            "set SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=0"
+        )
+
+
+def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
+    if view.device != "cpu":
+        yield (
+            f"{policy} decodes on the CPU only so far, and this server runs on {view.device}; "
+            "add --device cpu on a machine without a GPU"
+        )
+    names = {
+        view.attention_backend,
+        view.prefill_attention_backend or view.attention_backend,
+        view.decode_attention_backend or view.attention_backend,
+    }
+    for name in sorted(str(name) for name in names if name != "torch_native"):
+        yield (
+            f"{policy} does not work with the attention backend {name}; "
+            "use --attention-backend torch_native"
+        )
+
+
+def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    model = model_config_of(server_args)
+    architecture = (model.hf_config.architectures or ["an unnamed architecture"])[0]
+    if architecture not in ARCHITECTURES:
+        yield (
+            f"{policy} supports {', '.join(ARCHITECTURES)}, and {server_args.model_path} is a "
+            f"{architecture}; serve it without --kv-policy"
+        )
+    if not model.is_generation or not model.is_multimodal:
+        yield (
+            f"{policy} needs a model that answers with text about pictures, and "
+            f"{server_args.model_path} is served as none; drop --is-embedding or --kv-policy"
+        )
+    if getattr(model.hf_text_config, "use_sliding_window", False):
+        yield (
+            f"{policy} does not work with sliding-window attention, which "
+            f"{server_args.model_path} uses; serve it without --kv-policy"
+        )

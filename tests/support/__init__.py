@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers of the integration tests, the demo and the benchmarks."""
+
+from __future__ import annotations
+
+from tests.support.server import Server, ServerError, png_data_url
+
+__all__ = ["Server", "ServerError", "png_data_url"]

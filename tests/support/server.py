@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real SGLang server as a context manager, started as a user starts it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import requests
+from PIL import Image
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class ServerError(RuntimeError):
+    """The server ended or did not become ready; the message holds the end of its log."""
+
+
+class Server:
+    """``python -m sglang.launch_server`` on a free port of 127.0.0.1.
+
+    Entering starts the server and waits until it answers; leaving ends it and every process it
+    started, found by process id. Its output goes to ``log_path``, kept after the end.
+
+        with Server(checkpoint, ["--max-total-tokens", "4096"]) as server:
+            answer = server.chat("what is this?", images=[picture], max_tokens=8)
+
+    Args:
+        model: checkpoint folder, passed as ``--model-path``.
+        flags: further flags, as on a command line.
+        env: variables to set on top of this process's; a value of None removes one. HF_HUB_OFFLINE
+            is 1 unless set here.
+        argv: start this instead of ``python -m sglang.launch_server``; the model, host and port
+            flags are added to it.
+        log: file for stdout and stderr; a new temporary file by default.
+        timeout: seconds to wait until ready, and for each request.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        flags: Sequence[str] = (),
+        *,
+        env: Mapping[str, str | None] | None = None,
+        argv: Sequence[str] | None = None,
+        log: str | Path | None = None,
+        timeout: float = 240.0,
+    ) -> None:
+        self.model = str(model)
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.timeout = timeout
+        self.argv = [
+            *(argv if argv is not None else (sys.executable, "-m", "sglang.launch_server")),
+            *("--model-path", self.model, "--host", "127.0.0.1", "--port", str(self.port)),
+            *flags,
+        ]
+        self.env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        for name, value in (env or {}).items():
+            if value is None:
+                self.env.pop(name, None)
+            else:
+                self.env[name] = value
+        if log is None:
+            handle, log = tempfile.mkstemp(prefix="aircache-server-", suffix=".log")
+            os.close(handle)
+        self.log_path = Path(log)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready_seconds: float | None = None
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.terminate()
+
+    def start(self) -> None:
+        """Start the process and wait until ``/health`` answers 200; else end it and raise."""
+        if self.process is not None:
+            raise RuntimeError(f"the server on port {self.port} was already started")
+        started = time.monotonic()
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.argv,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(started)
+        except BaseException:
+            self.terminate()
+            raise
+        self.ready_seconds = time.monotonic() - started
+
+    def _wait_until_ready(self, started: float) -> None:
+        assert self.process is not None
+        while True:
+            code = self.process.poll()
+            if code is not None:
+                raise ServerError(f"the server exited with code {code}\n{self.log_tail()}")
+            try:
+                # Ready after its own warm-up request, before which /health is not 200.
+                if self._session.get(self.url + "/health", timeout=10).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            if time.monotonic() - started > self.timeout:
+                raise ServerError(
+                    f"the server was not ready after {self.timeout:.0f} s\n{self.log_tail()}"
+                )
+            time.sleep(0.2)
+
+    def wait_exit(self, timeout: float | None = None) -> int:
+        """Wait until the server ends by itself and return its exit code."""
+        assert self.process is not None, "not started"
+        return self.process.wait(timeout)
+
+    def is_running(self) -> bool:
+        """Whether the launched process is alive."""
+        return self.process is not None and self.process.poll() is None
+
+    def pids(self) -> list[int]:
+        """Process ids of the server and its descendants, the server first."""
+        return [process.pid for process in self._tree()]
+
+    def _tree(self) -> list[psutil.Process]:
+        if self.process is None:
+            return []
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return self._orphans()
+
+    def _orphans(self) -> list[psutil.Process]:
+        """Members of the server's own session that outlived the launched process."""
+        assert self.process is not None
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid:
+                    found.append(process)
+            except (ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def terminate(self, grace: float = 10.0) -> None:
+        """End the server and everything it started; SIGTERM, then SIGKILL after ``grace`` seconds.
+
+        Safe to call more than once, and after the server has ended.
+        """
+        if self.process is None:
+            return
+        tree = {process.pid: process for process in (*self._tree(), *self._orphans())}
+        for process in tree.values():
+            _signal(process.terminate)
+        _, alive = psutil.wait_procs(list(tree.values()), timeout=grace)
+        alive += [process for process in self._orphans() if process.pid not in tree]
+        for process in alive:
+            _signal(process.kill)
+        psutil.wait_procs(alive, timeout=grace)
+        self.process.wait(grace)
+        self._session.close()
+
+    def log(self) -> str:
+        """Everything the server has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def request(self, method: str, path: str, json: Any = None) -> requests.Response:
+        """Send a request and return the response, whatever its status."""
+        return self._session.request(method, self.url + path, json=json, timeout=self.timeout)
+
+    def post(self, path: str, json: Any) -> Any:
+        """POST and return the decoded JSON answer; ServerError with the body unless 200."""
+        return self._checked(self.request("POST", path, json))
+
+    def get(self, path: str) -> Any:
+        """GET and return the decoded JSON answer; ServerError with the body unless 200."""
+        return self._checked(self.request("GET", path))
+
+    def _checked(self, response: requests.Response) -> Any:
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+        return response.json()
+
+    def generate(
+        self,
+        text: str | None = None,
+        *,
+        images: Sequence[Image.Image | str] = (),
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        sampling: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """POST /generate. ``images`` are PIL pictures, paths, or URLs (``data:`` included).
+
+        ``sampling`` is merged into ``sampling_params``; ``fields`` into the body (``input_ids``,
+        ``return_logprob``, ``rid``, ...). Returns SGLang's answer: ``text``, ``output_ids``,
+        ``meta_info``.
+        """
+        body: dict[str, Any] = {
+            "sampling_params": {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                **(sampling or {}),
+            },
+            **fields,
+        }
+        if text is not None:
+            body["text"] = text
+        if images:
+            body["image_data"] = [_url(image) for image in images]
+        return self.post("/generate", body)
+
+    def chat(
+        self,
+        text: str,
+        *,
+        images: Iterable[Image.Image | str] = (),
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """POST /v1/chat/completions with one user turn: the pictures, then the text.
+
+        ``messages`` (earlier turns, a system prompt) come before it; ``fields`` go into the body
+        (``logprobs``, ``custom_params``, ``return_meta_info``, ...). Returns the OpenAI answer.
+        """
+        content = [
+            *({"type": "image_url", "image_url": {"url": _url(image)}} for image in images),
+            {"type": "text", "text": text},
+        ]
+        return self.post(
+            "/v1/chat/completions",
+            {
+                "model": self.model,
+                "messages": [*(messages or ()), {"role": "user", "content": content}],
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                **fields,
+            },
+        )
+
+    def info(self) -> dict[str, Any]:
+        """GET /server_info: the resolved arguments and ``internal_states``."""
+        return dict(self.get("/server_info"))
+
+    def flush_cache(self) -> None:
+        """POST /flush_cache: empty the radix tree; ServerError while requests run."""
+        response = self.request("POST", "/flush_cache")
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+
+    def metrics(self) -> dict[str, float]:
+        """GET /metrics (needs --enable-metrics): each sample's value, summed over its labels."""
+        totals: dict[str, float] = {}
+        for name, _, value in self.metric_samples():
+            totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def metric_samples(self) -> list[tuple[str, dict[str, str], float]]:
+        """GET /metrics: (name, labels, value) of each sample."""
+        response = self.request("GET", "/metrics")
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+        samples = []
+        for line in response.text.splitlines():
+            match = _SAMPLE.match(line)
+            if match:
+                labels = dict(_LABEL.findall(match[2] or ""))
+                samples.append((match[1], labels, float(match[3])))
+        return samples
+
+
+def png_data_url(image: Image.Image) -> str:
+    """A picture as a lossless ``data:image/png;base64,`` URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _url(image: Image.Image | str) -> str:
+    return image if isinstance(image, str) else png_data_url(image)
+
+
+def _signal(send: Any) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

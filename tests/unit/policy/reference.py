@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AirCache section 3 restated with loops over Python floats: no torch, no broadcasting.
+
+Every list is nested as [token][head][dim]; scores as [head][token] or [layer][head][token].
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+Vector = list[float]
+Heads = list[list[Vector]]
+
+QUOTA_STEP = Fraction(1, 2**20)
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def softmax(logits: Vector) -> Vector:
+    top = max(logits)
+    powers = [math.exp(logit - top) for logit in logits]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
+
+
+def reference_row(q_text: Heads, k_text: Heads, head: int, group: int, scale: float) -> Vector:
+    """Eq. 4: the last row of the causal A_tt, which masks nothing."""
+    last = q_text[-1][head]
+    return softmax([dot(last, key[head // group]) * scale for key in k_text])
+
+
+def elite_tokens(
+    q_text: Heads, k_text: Heads, alpha: float, scale: float, shared: bool = False
+) -> list[list[int]]:
+    """Eq. 5: for every query head the elite token indices."""
+    n_heads, group = len(q_text[0]), len(q_text[0]) // len(k_text[0])
+    rows = [reference_row(q_text, k_text, h, group, scale) for h in range(n_heads)]
+    if shared:
+        mean = [math.fsum(row[j] for row in rows) / n_heads for j in range(len(k_text))]
+        rows = [mean] * n_heads
+    return [[j for j, p in enumerate(row) if p >= alpha * max(row)] for row in rows]
+
+
+def importance(
+    q_text: Heads,
+    k_text: Heads,
+    k_visual: Heads,
+    alpha: float,
+    scale: float,
+    shared: bool = False,
+) -> list[Vector]:
+    """Eqs. 6 to 8 per query head, then the mean over the query heads of a KV group."""
+    n_heads, n_kv, n_visual = len(q_text[0]), len(k_text[0]), len(k_visual)
+    group = n_heads // n_kv
+    elites = elite_tokens(q_text, k_text, alpha, scale, shared)
+    result = [[0.0] * n_visual for _ in range(n_kv)]
+    for head in range(n_heads):
+        kv = head // group
+        keys = [key[kv] for key in k_visual] + [k_text[j][kv] for j in elites[head]]
+        for j in elites[head]:
+            attention = softmax([dot(q_text[j][head], key) * scale for key in keys])
+            for i in range(n_visual):
+                result[kv][i] += attention[i] / len(elites[head]) / group
+    return result
+
+
+def strength(scores: list[list[Vector]]) -> Vector:
+    """Eq. 9, mean over heads."""
+    return [math.fsum(math.fsum(row) for row in layer) / len(layer) for layer in scores]
+
+
+def head_skewness(row: Vector) -> float:
+    """Eq. 10 with the sample standard deviation; 0 where negative, undefined or all equal."""
+    n = len(row)
+    if n < 3 or max(row) == min(row):
+        return 0.0
+    mean = math.fsum(row) / n
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in row) / (n - 1))
+    total = math.fsum(((x - mean) / deviation) ** 3 for x in row)
+    return max(0.0, n / ((n - 1) * (n - 2)) * total)
+
+
+def skewness(scores: list[list[Vector]]) -> Vector:
+    return [math.fsum(head_skewness(row) for row in layer) / len(layer) for layer in scores]
+
+
+def normalised(values: Vector) -> Vector:
+    mean = math.fsum(values) / len(values)
+    return [value / mean for value in values] if mean > 0 else [1.0] * len(values)
+
+
+def shares(scores: list[list[Vector]], budget: str) -> Vector:
+    """Eq. 11 without the factor r."""
+    by_strength, by_skewness = normalised(strength(scores)), normalised(skewness(scores))
+    return {
+        "aircache": [(a + b) / 2 for a, b in zip(by_strength, by_skewness, strict=True)],
+        "strength": by_strength,
+        "skewness": by_skewness,
+        "uniform": [1.0] * len(scores),
+    }[budget]
+
+
+def quotas(weights: list[Fraction], total: int, cap: int) -> list[Fraction]:
+    """Fill in proportion, freeze what breaks a bound on the side that breaks more, and repeat."""
+    fixed: dict[int, int] = {}
+    if sum(1 for weight in weights if weight > 0) * cap < total - weights.count(Fraction(0)):
+        # all layers with a share are full: the rest goes evenly to the others
+        fixed = {i: cap for i, weight in enumerate(weights) if weight > 0}
+        weights = [Fraction(1)] * len(weights)
+    while True:
+        free = [i for i in range(len(weights)) if i not in fixed]
+        rest = total - sum(fixed.values())
+        pool = sum((weights[i] for i in free), Fraction(0))
+        plan = {i: weights[i] * rest / pool if pool else Fraction(1) for i in free}
+        over = {i: plan[i] - cap for i in free if plan[i] > cap}
+        under = {i: 1 - plan[i] for i in free if plan[i] < 1}
+        if not over and not under:
+            return [Fraction(fixed[i]) if i in fixed else plan[i] for i in range(len(weights))]
+        gap = sum(over.values(), Fraction(0)) - sum(under.values(), Fraction(0))
+        if gap >= 0:
+            fixed.update(dict.fromkeys(over, cap))
+        if gap <= 0:
+            fixed.update(dict.fromkeys(under, 1))
+
+
+def largest_remainder(weights: Vector, total: int, cap: int) -> list[int]:
+    exact = quotas([Fraction(weight) for weight in weights], total, cap)
+    snapped = [round(quota / QUOTA_STEP) * QUOTA_STEP for quota in exact]
+    result = [math.floor(quota) for quota in snapped]
+    by_remainder = sorted(range(len(result)), key=lambda i: (result[i] - snapped[i], i))
+    for i in by_remainder[: total - sum(result)]:
+        result[i] += 1
+    return result
+
+
+def layer_budgets(scores: list[list[Vector]], retention: float, budget: str) -> list[int]:
+    n_visual = len(scores[0][0])
+    m = min(n_visual, max(1, round(retention * n_visual)))
+    return largest_remainder(shares(scores, budget), m * len(scores), n_visual)
+
+
+def select(scores: list[list[Vector]], budgets: list[int]) -> list[list[list[int]]]:
+    return [
+        [sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]) for row in layer]
+        for layer, count in zip(scores, budgets, strict=True)
+    ]
