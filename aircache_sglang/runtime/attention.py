@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention backend: SGLang's own, which also stashes queries and decodes compressed requests."""
+"""SGLang's own attention backend, which also stashes queries and decodes packed cells."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ class AttentionState:
 
 
 @functools.cache
-def compressing(stock: type[AttentionBackend]) -> type[AttentionBackend]:
+def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
     Prefill is stock, and so is the decode of a batch with nothing compressed in it.
     """
 
-    class CompressingBackend(stock):  # type: ignore[misc, valid-type]
+    class CompressingBackend(stock):
         aircache: AttentionState
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -127,5 +127,6 @@ def adopt(backend: AttentionBackend, state: AttentionState) -> None:
     The object stays what it was, with all its state and an instance of its own class: a wrapper
     would have to forward every attribute that SGLang reads off a backend.
     """
-    backend.__class__ = compressing(type(backend))
-    backend.aircache = state  # type: ignore[attr-defined]
+    stock: type = type(backend)
+    backend.__class__ = compressing(stock)
+    backend.aircache = state

@@ -74,9 +74,9 @@ def compress(
 ) -> None:
     """Compress one request on the current stream; no host synchronisation.
 
-    Reads the full prompt from the pool, writes the packed columns and the copies of the text between
-    pictures, rewrites the gap of the request's row, and enters it in the table. The original slots
-    are only read: they may belong to the radix tree.
+    Reads the full prompt from the pool, writes the packed columns and the copies of the text
+    between pictures, rewrites the gap of the request's row, and enters it in the table. The
+    original slots are only read: they may belong to the radix tree.
     """
     intent, prompt = record.intent, record.intent.prompt
     device = k_all.device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces together: one `Compressor` a scheduler process, called from the hooks of the patches."""
+"""The pieces together: one `Compressor` a scheduler process, called from the hooks."""
 
 from __future__ import annotations
 

@@ -84,4 +84,4 @@ class Metrics:
             self._left_alone.labels(**self._labels, reason=reason).inc()
 
     def _of(self, metric: Any) -> Any:
-        return metric.labels(**self._labels)
+        return metric.labels(**(self._labels or {}))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The radix cache of a compressing server, stage 1: shared text stays, visual spans go first.
 
-Exact KV alone enters the tree. A compressed request publishes the head of its prompt, which it holds
-locked, and below it the visual span as an unlocked leaf: full KV, a hit for the next question on the
-same picture while memory lasts, and the first to be evicted. The instruction and what is generated
-stay private, since they are, or will be, computed beside compressed KV.
+Exact KV alone enters the tree. A compressed request publishes the head of its prompt, which it
+holds locked, and below it the visual span as an unlocked leaf: full KV, a hit for the next question
+on the same picture while memory lasts, and the first to be evicted. The instruction stays private,
+as its queries are needed anew each time, and so does what is generated, which is not exact.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def node_kind(node: TreeNode) -> int:
     if kind is None:
         ids = node.key.raw_token_ids()
         kind = VISUAL if len(ids) and max(ids) >= MM_PAD_SHIFT_VALUE else TEXT
-        node.aircache_kind = kind  # type: ignore[attr-defined]
+        node.aircache_kind = kind
     return kind
 
 
@@ -65,7 +65,7 @@ class AirCacheRadixCache(RadixCache):
     def __init__(self, params: CacheInitParams, requests: Requests) -> None:
         super().__init__(params)
         self.requests = requests
-        self.eviction_strategy = VisualFirst(self.eviction_strategy)
+        self.eviction_strategy: Any = VisualFirst(self.eviction_strategy)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Stop a hit before the instruction of a request that is to be compressed.
@@ -114,7 +114,7 @@ class AirCacheRadixCache(RadixCache):
         return RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
 
     def _release_visual(self, req: Any, record: CompressionRecord) -> None:
-        """Give the visual slots back: to the tree as an unlocked leaf, without a tree to the pool."""
+        """Give the visual slots back: to the tree as an unlocked leaf, or else to the pool."""
         prompt, kv = record.intent.prompt, req.kv
         if self.disable:
             self.token_to_kv_pool_allocator.free(record.originals[prompt.start :])
@@ -157,7 +157,7 @@ class AirCacheRadixCache(RadixCache):
             return
         prompt = record.intent.prompt
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        # Below `own_end` the request still owns its original slots; the row has been rewritten there.
+        # Below `own_end` the request still owns its original slots; the row there is rewritten.
         own_end = prompt.start if record.stage is Stage.RELEASED else prompt.end
         for start, end in ranges:
             self.token_to_kv_pool_allocator.free(record.originals[start : min(end, own_end)])
@@ -171,5 +171,5 @@ class AirCacheRadixCache(RadixCache):
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         upper: TreeNode = super()._split_node(key, child, split_len)
-        child.aircache_kind = None  # type: ignore[attr-defined]
+        child.aircache_kind = None
         return upper

@@ -33,8 +33,8 @@ class Intent:
 class Stage(enum.Enum):
     """Who owns the request's original slots below `prompt.end`.
 
-    PREFILLED: the request, as in stock SGLang. RELEASED: the head [0, start) belongs to the tree (or
-    to the request, without a tree), all between start and end to the tree or the free pool.
+    PREFILLED: the request, as in stock SGLang. RELEASED: the head [0, start) belongs to the tree
+    (or to the request, without a tree), all between start and end to the tree or the free pool.
     """
 
     PREFILLED = enum.auto()

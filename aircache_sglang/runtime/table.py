@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compression table: what decode must know of a compressed request, on the device.
 
-A compressed request's row of `req_to_token` has one gap, [gap_start, gap_start + gap_len), where its
-visual tokens were. Its first m entries hold the slots of the m packed columns, the rest the padding
-slot 0; text that stood between pictures has moved up behind the gap. So the text tokens are the
-positions outside the gap, and no second table of slots is needed.
+A compressed request's row of `req_to_token` has one gap, [gap_start, gap_start + gap_len), where
+its visual tokens were. Its first m entries hold the slots of the m packed columns, the rest the
+padding slot 0; text that stood between pictures has moved up behind the gap. So the text tokens are
+the positions outside the gap, and no second table of slots is needed.
 """
 
 from __future__ import annotations

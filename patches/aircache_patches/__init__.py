@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every hook of this project on SGLang; `ledger.py` is the ordered list, README.md says why.
 
-`register` is the entry point that SGLang's plugin loader calls in each of its processes. It adds the
-flags and nothing else: the hooks are installed when a server asks for a policy (`install.py`), so
-that a server without one runs SGLang's own functions.
+`register` is the entry point that SGLang's plugin loader calls in each of its processes. It adds
+the flags and nothing else: the hooks are installed when a server asks for a policy (`install.py`),
+so that a server without one runs SGLang's own functions.
 """
 
 from __future__ import annotations

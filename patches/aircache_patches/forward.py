@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model runner's attention backend, and the forward pass around which requests are compressed."""
+"""The model runner's attention backend, and the forward pass that compression follows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forward_batch_generation(
 ) -> Any:
     """AROUND TpModelWorker.forward_batch_generation, on the forward stream.
 
-    The next decode step is launched before the scheduler sees this prefill's result, so the pass has
-    to follow the prefill here (managers/scheduler.py, event_loop_overlap).
+    The next decode step is launched before the scheduler sees this prefill's result, so the pass
+    has to follow the prefill here (managers/scheduler.py, event_loop_overlap).
     """
     return process.compressor().run_forward(batch, lambda: original(worker, batch, *args, **kwargs))

@@ -48,8 +48,8 @@ def install(policy: str, config: AirCacheConfig) -> None:
     found = sglang_version()
     if found not in ledger.TESTED_VERSIONS:
         raise refuse(
-            f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, found "
-            f"{found}; install one of these versions, or start without --kv-policy"
+            f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, "
+            f"found {found}; install one of these versions, or start without --kv-policy"
         )
     missing = ledger.missing_targets()
     if not missing:

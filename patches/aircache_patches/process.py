@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor of this process: a scheduler process has one model runner, and so one compressor."""
+"""The compressor of this process: a scheduler has one model runner, and so one compressor."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ TARGET = "sglang.srt.server_args.ServerArgs"
 _DEFAULT = AirCacheConfig()
 
 
-class AirCacheServerArgs(ServerArgs):  # type: ignore[misc]
+class AirCacheServerArgs(ServerArgs):
     """SGLang's arguments and ours; importable by name, since spawned processes unpickle it."""
 
     kv_policy: A[
         str,
         Arg(
             help="Which visual KV a multimodal request keeps after its prefill. 'none' is stock "
-            "SGLang; a policy needs a model and flags that it supports, or the server does not start.",
+            "SGLang. With a model or a flag that a policy does not support, no server starts.",
             choices=["none", *policy_names()],
         ),
         NS("memory"),
@@ -55,7 +55,7 @@ class AirCacheServerArgs(ServerArgs):  # type: ignore[misc]
     aircache_elite: A[
         str,
         Arg(
-            help="Whether each query head picks its own elite tokens or all share the head-mean row.",
+            help="Whether each query head picks its own elite tokens or all share their mean row.",
             choices=list(ELITE_MODES),
         ),
         NS("memory"),

@@ -168,7 +168,7 @@ class Server:
                 continue
         return found
 
-    def terminate(self, grace: float = 10.0) -> None:
+    def terminate(self, grace: float = 2.0) -> None:
         """End the server and everything it started; SIGTERM, then SIGKILL after ``grace`` seconds.
 
         Safe to call more than once, and after the server has ended.
@@ -176,14 +176,19 @@ class Server:
         if self.process is None:
             return
         tree = {process.pid: process for process in (*self._tree(), *self._orphans())}
+        trackers, others = [], []
         for process in tree.values():
+            (trackers if _is_resource_tracker(process) else others).append(process)
+        for process in others:
             _signal(process.terminate)
-        _, alive = psutil.wait_procs(list(tree.values()), timeout=grace)
-        alive += [process for process in self._orphans() if process.pid not in tree]
+        _, alive = psutil.wait_procs(others, timeout=grace)
         for process in alive:
             _signal(process.kill)
-        psutil.wait_procs(alive, timeout=grace)
-        self.process.wait(grace)
+        # Trackers unlink the dead processes' semaphores, then end by themselves.
+        _, alive = psutil.wait_procs([*alive, *trackers], timeout=10)
+        for process in {*alive, *self._orphans()}:
+            _signal(process.kill)
+        self.process.wait(10)
         self._session.close()
 
     def log(self) -> str:
@@ -311,6 +316,13 @@ def png_data_url(image: Image.Image) -> str:
 
 def _url(image: Image.Image | str) -> str:
     return image if isinstance(image, str) else png_data_url(image)
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _signal(send: Any) -> None:
