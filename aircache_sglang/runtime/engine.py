@@ -195,6 +195,7 @@ class Compressor:
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The prefill's result is known and the visual slots are given back: report."""
         req.aircache_info = record.report(self.policy_name)
+        record.order = None
         self.metrics.compressed(record)
 
     def forget(self, req: Any) -> CompressionRecord | None:
