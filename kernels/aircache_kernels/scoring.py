@@ -233,7 +233,8 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
             )
             logits = tl.dot(q_tile, k_tile.to(DOT), input_precision="ieee") * scale
             top, total = _online(tl.where(v[None, :] < v_end, logits, float("-inf")), top, total)
-        lse = tl.where(total > 0.0, top + tl.log(total), float("-inf"))
+        seen = total > 0.0
+        lse = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(lse_out + split.to(tl.int64) * total_rows + region + r, lse, mask=r < n_rows)
 
 
@@ -289,10 +290,10 @@ def _importance_fwd_kernel(  # type: ignore[no-untyped-def]
                 )
                 top = tl.max(part, 0)
                 safe = tl.where(top == float("-inf"), 0.0, top)
-                lse = safe + tl.log(tl.sum(tl.exp(part - safe[None, :]), 0))
+                total = tl.sum(tl.exp(part - safe[None, :]), 0)
+                lse = safe + tl.log(tl.where(r < n_rows, total, 1.0))
                 count = tl.load(counts + count_base + heads, mask=r < n_rows, other=1)
                 weight = tl.where(r < n_rows, 1.0 / (count * GROUP).to(tl.float32), 0.0)
-                lse = tl.where(r < n_rows, lse, 0.0)
                 logits = tl.dot(q_tile.to(DOT), k_tile, input_precision="ieee") * scale
                 probability = tl.exp(logits - lse[:, None])
                 # rows past the end have q = 0 and weight 0

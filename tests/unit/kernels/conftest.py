@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before its import."""
+"""Without a GPU the kernels run in Triton's interpreter, chosen before triton is first imported."""
 
 from __future__ import annotations
 
 import os
+import sys
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "triton was imported before tests/unit/kernels could choose its interpreter: set "
+            "TRITON_INTERPRET=1 or run tests/unit/kernels in a pytest invocation of its own"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
