@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from aircache_sglang.runtime.decode import Bucket, CellCache, attend, make_bucket
+from aircache_sglang.runtime.extend import PackedExtend, attend_extend, plan_extend
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import StashWork
@@ -31,6 +32,43 @@ class AttentionState:
     # The step's requests, empty if none of them is compressed.
     buckets: list[Bucket] = dataclasses.field(default_factory=list)
     cell_cache: CellCache = dataclasses.field(default_factory=CellCache)
+    # The requests of a prefill that extend a replica.
+    extends: list[PackedExtend] = dataclasses.field(default_factory=list)
+
+    def plan_extend(self, forward_batch: Any, req_to_token: torch.Tensor) -> None:
+        """Find the requests of a prefill that extend a replica; no others have been packed yet."""
+        self.extends = []
+        first_row = 0
+        for row, prefix_len, seq_len in zip(
+            forward_batch.req_pool_indices.tolist(),
+            forward_batch.extend_prefix_lens.tolist(),
+            forward_batch.seq_lens.tolist(),
+            strict=True,
+        ):
+            record = self.records.get(row)
+            if record is not None and record.reused:
+                self.extends.append(
+                    plan_extend(
+                        record,
+                        req_to_token[row],
+                        prefix_len,
+                        seq_len,
+                        first_row,
+                        self.pool.layer_num,
+                        self.pool.rows,
+                    )
+                )
+            first_row += seq_len - prefix_len
+
+    def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
+        index = layer.layer_id - self.pool.start_layer
+        for plan in self.extends:
+            results[plan.source] = attend_extend(
+                plan, heads[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling
+            )
 
     def plan_decode(self, forward_batch: Any, req_to_token: torch.Tensor) -> None:
         """Sort the requests of a decode step into buckets."""
@@ -79,7 +117,8 @@ class AttentionState:
 def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
-    Prefill is stock, and so is the decode of a batch with nothing compressed in it.
+    Prefill is stock but for requests that extend a replica, and so is the decode of a batch with
+    nothing compressed in it.
     """
 
     class CompressingBackend(stock):
@@ -88,15 +127,21 @@ def compressing(stock: type) -> type:
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
             self.aircache.buckets = []
+            self.aircache.extends = []
             if forward_batch.forward_mode.is_decode():
                 self.aircache.plan_decode(forward_batch, self.req_to_token_pool.req_to_token)
+            elif forward_batch.forward_mode.is_extend():
+                self.aircache.plan_extend(forward_batch, self.req_to_token_pool.req_to_token)
 
         def forward_extend(
             self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
         ) -> Any:
             if self.aircache.stash_work:
                 self.aircache.stash(q, layer)
-            return super().forward_extend(q, k, v, layer, *args, **kwargs)
+            out = super().forward_extend(q, k, v, layer, *args, **kwargs)
+            if self.aircache.extends:
+                self.aircache.extend(q, out, layer)
+            return out
 
         def forward_decode(
             self,

@@ -74,9 +74,9 @@ def compress(
 ) -> None:
     """Compress one request on the current stream; no host synchronisation.
 
-    Reads the full prompt from the pool, writes the packed columns and the copies of the text
-    between pictures, rewrites the gap of the request's row, and enters it in the table. The
-    original slots are only read: they may belong to the radix tree.
+    Reads the full prompt from the pool, writes the packed columns and, for a replica, the copies of
+    the text between pictures, rewrites the gap of the request's row, and enters it in the table.
+    The original slots are only read: they may belong to the radix tree.
     """
     intent, prompt = record.intent, record.intent.prompt
     device = k_all.device
@@ -88,7 +88,7 @@ def compress(
     budgets = policy.budgets(statistics, prompt.n_visual, intent.columns)
     order = policy.order(scores, budgets)
     pack(k_all, v_all, visual_slots, record.columns, order, budgets)
-    if prompt.n_between:
+    if intent.n_copies:
         source = record.originals[prompt.between_positions().to(device)]
         k_all[:, record.copies] = k_all[:, source]
         v_all[:, record.copies] = v_all[:, source]
@@ -101,7 +101,11 @@ def compress(
 
 def write_gap(row: torch.Tensor, start: int, n_visual: int, record: CompressionRecord) -> None:
     """Lay out the compressed request's row: columns, padding, then the text between pictures."""
-    m, end = record.intent.columns, start + n_visual
-    row[start : start + m] = record.columns
-    row[start + m : end] = 0
-    row[end : end + record.intent.prompt.n_between] = record.copies
+    intent, end = record.intent, start + n_visual
+    row[start : start + intent.columns] = record.columns
+    row[start + intent.columns : end] = 0
+    if intent.prompt.n_between:
+        between = record.copies
+        if not intent.n_copies:
+            between = record.originals[intent.prompt.between_positions().to(row.device)]
+        row[end : intent.prompt.end] = between.to(row.dtype)
