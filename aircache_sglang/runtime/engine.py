@@ -107,7 +107,7 @@ class Compressor:
             return "pool_too_small"
         return intent
 
-    def variant(self, intent: Intent) -> Hashable:
+    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
         """What a replica must have been packed with to be extended."""
         return (self.policy_name, *intent.config.variant())
 

@@ -32,7 +32,7 @@ class Requests(Protocol):
     def intent(self, req: Any) -> Intent | None:
         """How the request will be, or was, compressed; None for the others."""
 
-    def variant(self, intent: Intent) -> Hashable:
+    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
         """What a replica must have been packed with to be extended."""
 
     def released(self, req: Any, record: CompressionRecord) -> None:

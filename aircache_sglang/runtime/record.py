@@ -60,7 +60,7 @@ class Replica:
     budgets: int64 [L]; order: int64 [L, H_kv, N_v] if the request that packed it asked for it.
     """
 
-    variant: Hashable
+    variant: tuple[Hashable, ...]
     intent: Intent
     slots: torch.Tensor
     budgets: torch.Tensor

@@ -106,6 +106,28 @@ class Node(TreeNode):
         """The kind, as metrics and the dump name it."""
         return "lossy" if self.is_lossy and self.kind is not Kind.PACKED else self.kind.value
 
+    @property
+    def name(self) -> str:
+        """Which picture a visual node begins, or which variant a replica is; else empty."""
+        if self.content is not None:
+            return "/".join(str(part) for part in self.content.variant)
+        # A picture's placeholders are drawn from its hash.
+        return f"{self.key.token_ids[0]:x}" if self.kind is Kind.VISUAL else ""
+
+    def describe(self, depth: int, now: float) -> dict[str, Any]:
+        """The node as JSON; now: seconds of the clock of `last_access_time`."""
+        return {
+            "depth": depth,
+            "kind": self.label,
+            "name": self.name,
+            "tokens": len(self.key),
+            "slots": self.size,
+            "columns": 0 if self.content is None else self.content.intent.columns,
+            "tombstone": self.is_tombstone,
+            "locks": self.lock_ref,
+            "idle_seconds": round(now - self.last_access_time, 3),
+        }
+
     def row_slots(self) -> torch.Tensor:
         """The node's entries in a request's row, int64 [tokens]."""
         return self.value if self.content is None else self.content.row_slots(self.value)
@@ -464,6 +486,30 @@ class SpanTree(RadixCache):
             node, depth = stack.pop()
             yield node, depth
             stack.extend((child, depth + 1) for child in reversed(node.children.values()))
+
+    def describe(self, limit: int = 1000) -> dict[str, Any]:
+        """The tree as JSON, at most `limit` nodes (docs/radix-cache.md lists the fields)."""
+        now, listed, total = time.monotonic(), [], 0
+        for node, depth in self.nodes():
+            total += 1
+            if total <= limit:
+                listed.append(node.describe(depth, now))
+        allocator = self.token_to_kv_pool_allocator
+        free = allocator.available_size()
+        owned = self.evictable_size_ + self.protected_size_
+        return {
+            "pool": {
+                "size": allocator.size,
+                "free": free,
+                "evictable": self.evictable_size_,
+                "protected": self.protected_size_,
+                "private": allocator.size - free - owned,
+                "unlocked_text": self.unlocked_text,
+                "text_bound": int(self.text_bound),
+            },
+            "nodes": listed,
+            "nodes_left_out": total - len(listed),
+        }
 
     def path_device_indices(self, node: Node) -> torch.Tensor:
         """The row of a request whose prefix ends at `node`, int64 [tokens]."""
