@@ -49,8 +49,9 @@ class CompressionRecord:
     originals: int64 [prompt.end], the slots in which the prefill wrote, or found, the prompt.
     extra: int64 [n_extra], owned by the request until its row is released: first the columns, then
         the copies of the text between pictures.
-    budgets: int64 [L], set by the pass; order: int64 [L, H_kv, N_v] if the selection is wanted, of
-        all tensor-parallel ranks.
+    budgets: integers [L] on the host, set by the pass.
+    selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
+        of all tensor-parallel ranks; only if the request wants its selection reported.
     """
 
     intent: Intent
@@ -59,10 +60,9 @@ class CompressionRecord:
     extra: torch.Tensor
     stage: Stage = Stage.PREFILLED
     budgets: torch.Tensor | None = None
-    order: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
     seconds: float = 0.0
-    # Absolute rows of the packed cells, one int64 [n_l] a layer; filled on first use by the decode
-    # that gathers on the host's behalf (runtime/decode.py).
+    # Absolute rows of the packed cells, one int64 [n_l] a layer; runtime/decode.py fills them in.
     cell_rows: list[torch.Tensor] | None = None
 
     @property
@@ -96,9 +96,9 @@ class CompressionRecord:
             "layer_budgets": budgets,
             "instruction_tokens": min(hi - lo, config.scoring_window()[0]),
         }
-        if self.order is not None:
+        if self.selected is not None:
             info["selection"] = [
-                heads[:, :kept].sort(dim=-1).values.tolist()
-                for heads, kept in zip(self.order.cpu(), budgets, strict=True)
+                heads.sort(dim=-1).values.tolist()
+                for heads in self.selected.cpu().split(budgets, dim=1)
             ]
         return info
