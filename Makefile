@@ -24,8 +24,9 @@ dev: ## create the environment, about 11 GB and 7 minutes the first time
 test: test-unit ## unit tests, then real servers on this machine's CPU
 	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
 
-test-unit: ## the tests that start no server
-	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests/unit -m "not gpu" $(ARGS)
+test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
+	@$(PYTHON); $(OFFLINE) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu" $(ARGS)
+	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(ARGS)
 
 test-gpu: ## the tests that need an NVIDIA GPU
 	@$(PYTHON); HF_HUB_OFFLINE=1 "$$python" -m pytest tests -m gpu $(ARGS)

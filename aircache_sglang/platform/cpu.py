@@ -87,6 +87,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
 
+        # An idle scheduler spins on a core, and here its cores are those of everybody else.
+        server_args.sleep_on_idle = True
+
         ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
         if ranks > len(get_cpu_ids_by_node()):
             bind_ranks(ranks)

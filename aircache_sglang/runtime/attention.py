@@ -6,59 +6,50 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
-from aircache_sglang.runtime.decode import Bucket, CellCache, attend, make_bucket
-from aircache_sglang.runtime.extend import PackedExtend, attend_extend, plan_extend
+from aircache_sglang.runtime.extend import PackedExtend, attend_extend
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import StashWork
-from aircache_sglang.runtime.table import CompressionTable
+
+# Two variants of every decode CUDA graph: SGLang's own, and one for batches with packed cells.
+PLAIN, COMPRESSED = "plain", "aircache"
+
+
+class Decoder(Protocol):
+    """Decode attention of a batch in which some requests are compressed."""
+
+    def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
+        """Prepare one eager step; records: one a request, None for the uncompressed."""
+
+    def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
 
 
 @dataclasses.dataclass(slots=True)
 class AttentionState:
-    """What the backend shares with the compressor (runtime/engine.py)."""
+    """What the backend shares with the compressor (runtime/engine.py), which sets it a forward."""
 
     pool: LayerContiguousKVPool
-    table: CompressionTable
-    records: dict[int, CompressionRecord]
+    decoder: Decoder
     # The queries to keep while this forward runs.
     stash_work: Sequence[StashWork] = ()
-    # The step's requests, empty if none of them is compressed.
-    buckets: list[Bucket] = dataclasses.field(default_factory=list)
-    cell_cache: CellCache = dataclasses.field(default_factory=CellCache)
-    # The requests of a prefill that extend a replica.
-    extends: list[PackedExtend] = dataclasses.field(default_factory=list)
+    # Of this forward's requests, None for the uncompressed; empty if all are.
+    records: Sequence[CompressionRecord | None] = ()
+    # The requests of this prefill that extend a replica.
+    extends: Sequence[PackedExtend] = ()
 
-    def plan_extend(self, forward_batch: Any, req_to_token: torch.Tensor) -> None:
-        """Find the requests of a prefill that extend a replica; no others have been packed yet."""
-        self.extends = []
-        first_row = 0
-        for row, prefix_len, seq_len in zip(
-            forward_batch.req_pool_indices.tolist(),
-            forward_batch.extend_prefix_lens.tolist(),
-            forward_batch.seq_lens.tolist(),
-            strict=True,
-        ):
-            record = self.records.get(row)
-            if record is not None and record.reused:
-                self.extends.append(
-                    plan_extend(
-                        record,
-                        req_to_token[row],
-                        prefix_len,
-                        seq_len,
-                        first_row,
-                        self.pool.layer_num,
-                        self.pool.rows,
-                    )
-                )
-            first_row += seq_len - prefix_len
+    def stash(self, q: torch.Tensor, layer: Any) -> None:
+        """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        for work in self.stash_work:
+            work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
 
     def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
@@ -70,47 +61,34 @@ class AttentionState:
                 plan, heads[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling
             )
 
-    def plan_decode(self, forward_batch: Any, req_to_token: torch.Tensor) -> None:
-        """Sort the requests of a decode step into buckets."""
-        self.buckets = []
-        rows = forward_batch.req_pool_indices
-        records = [self.records.get(row) for row in rows.tolist()]
-        compressed = [record for record in records if record is not None]
-        if not compressed:
-            return
-        cells = self.cell_cache.cells(compressed, self.pool.layer_num, self.pool.rows)
-        kept = torch.tensor([record is not None for record in records], device=rows.device)
-        for chosen, bucket_cells in ((kept, cells), (~kept, [])):
-            members = chosen.nonzero().view(-1)
-            if members.numel():
-                bucket = make_bucket(
-                    members,
-                    rows[members],
-                    forward_batch.seq_lens[members],
-                    req_to_token,
-                    self.table.gap_start,
-                    self.table.gap_len,
-                    bucket_cells,
-                )
-                self.buckets.append(bucket)
+    def decodes(self) -> bool:
+        """Whether this decode step, or the graph that is being captured, has packed cells."""
+        variant = get_capture_attention_variant()
+        return bool(self.records) if variant is None else variant == COMPRESSED
 
-    def stash(self, q: torch.Tensor, layer: Any) -> None:
-        """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
-        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for work in self.stash_work:
-            work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
-
-    def decode(self, q: torch.Tensor, layer: Any) -> torch.Tensor:
-        """Attention of one decode step; q: [bs, H_q * D], returns the same shape."""
+    def decode(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        """Write the new token's cell and attend; q: [bs, H_q * D], returns [bs, H_q * D]."""
+        if save_kv_cache and k is not None:
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.pool.set_kv_buffer(layer, loc, k, v)
         heads = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(heads)
-        index = layer.layer_id - self.pool.start_layer
-        for bucket in self.buckets:
-            part = heads[bucket.members]
-            out[bucket.members] = attend(
-                bucket, part, self.pool.k_all, self.pool.v_all, index, layer.scaling
-            )
+        out = self.decoder.attend(heads, layer, forward_batch)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+
+class DecodeGraphVariants:
+    """Chooses the decode graph of a batch (layers/attention/graph_variants.py)."""
+
+    capture_labels = (PLAIN, COMPRESSED)
+
+    def __init__(self, state: AttentionState) -> None:
+        self._state = state
+
+    def select(self, forward_batch: Any) -> str:
+        """From host knowledge alone, so that a replay waits for nothing."""
+        return COMPRESSED if self._state.records else PLAIN
 
 
 @functools.cache
@@ -126,24 +104,10 @@ def compressing(stock: type) -> type:
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
-            self.aircache.buckets = []
-            self.aircache.extends = []
-            if forward_batch.forward_mode.is_decode():
-                self.aircache.plan_decode(forward_batch, self.req_to_token_pool.req_to_token)
-            elif forward_batch.forward_mode.is_extend():
-                self.aircache.plan_extend(forward_batch, self.req_to_token_pool.req_to_token)
+            if self.aircache.records and forward_batch.forward_mode.is_decode():
+                self.aircache.decoder.plan(forward_batch, self.aircache.records)
 
-        def forward_extend(
-            self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            if self.aircache.stash_work:
-                self.aircache.stash(q, layer)
-            out = super().forward_extend(q, k, v, layer, *args, **kwargs)
-            if self.aircache.extends:
-                self.aircache.extend(q, out, layer)
-            return out
-
-        def forward_decode(
+        def forward(
             self,
             q: Any,
             k: Any,
@@ -153,14 +117,31 @@ def compressing(stock: type) -> type:
             save_kv_cache: bool = True,
             **kwargs: Any,
         ) -> Any:
-            if not self.aircache.buckets:
-                return super().forward_decode(
-                    q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
-                )
-            if save_kv_cache and k is not None:
-                loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-                self.aircache.pool.set_kv_buffer(layer, loc, k, v)
-            return self.aircache.decode(q, layer)
+            state = self.aircache
+            if forward_batch.forward_mode.is_decode():
+                if state.decodes():
+                    return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
+            elif state.stash_work:
+                state.stash(q, layer)
+            out = super().forward(
+                q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
+            )
+            if state.extends:
+                state.extend(q, out, layer)
+            return out
+
+        def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
+            """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
+            stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
+            eager = bool(self.aircache.stash_work or self.aircache.extends)
+            return not eager and (stock_rule is None or stock_rule(forward_batch))
+
+        def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+            """Packed cells are found through the live row and table, in every layer."""
+            stock_ends = super().shared_read_ends(fm)
+            if fm.is_decode():
+                return SharedReadEnds.max_of([stock_ends, SharedReadEnds.POST_REPLAY])
+            return stock_ends
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.packing import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.table import CompressionTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,3 +139,54 @@ def attend(
         grouped, gather(k_all), gather(v_all), attn_mask=valid[:, None, None, :], scale=scale
     )
     return out.reshape(size, -1, head_dim)
+
+
+class TorchDecoder:
+    """Plans a decode step on the host and attends in torch; for the CPU."""
+
+    def __init__(
+        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
+    ) -> None:
+        self.pool = pool
+        self.table = table
+        self.req_to_token = req_to_token
+        self._cell_cache = CellCache()
+        self._buckets: list[Bucket] = []
+
+    def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
+        """Sort the requests of a decode step into buckets; records: one a request."""
+        rows = forward_batch.req_pool_indices
+        compressed = [record for record in records if record is not None]
+        cells = self._cell_cache.cells(compressed, self.pool.layer_num, self.pool.rows)
+        kept = torch.tensor([record is not None for record in records], device=rows.device)
+        self._buckets = [
+            make_bucket(
+                members,
+                rows[members],
+                forward_batch.seq_lens[members],
+                self.req_to_token,
+                self.table.gap_start,
+                self.table.gap_len,
+                bucket_cells,
+            )
+            for members, bucket_cells in (
+                (kept.nonzero().view(-1), cells),
+                ((~kept).nonzero().view(-1), []),
+            )
+            if members.numel()
+        ]
+
+    def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
+        out = torch.empty_like(q)
+        index = layer.layer_id - self.pool.start_layer
+        for bucket in self._buckets:
+            out[bucket.members] = attend(
+                bucket,
+                q[bucket.members],
+                self.pool.k_all,
+                self.pool.v_all,
+                index,
+                layer.scaling,
+            )
+        return out

@@ -15,9 +15,11 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.policy import Policy, columns, get_policy
-from aircache_sglang.runtime.attention import AttentionState, adopt
-from aircache_sglang.runtime.compress import compress
+from aircache_sglang.policy import columns
+from aircache_sglang.runtime.attention import AttentionState, Decoder, adopt
+from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
+from aircache_sglang.runtime.decode import TorchDecoder
+from aircache_sglang.runtime.extend import PackedExtend, plan_extend
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
@@ -34,7 +36,8 @@ class Compressor:
     (queries while the prefill runs), `aircache_info` (the report).
     """
 
-    def __init__(self, policy: str, config: AirCacheConfig, model_runner: Any) -> None:
+    def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
+        """policy: its name; decode: `torch` or `triton`, for the pass and for decode."""
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
@@ -49,13 +52,28 @@ class Compressor:
         self.table = CompressionTable(
             self.req_to_token.shape[0], pool.layer_num, self.req_to_token.device
         )
-        self.heads = TensorParallelHeads(
+        heads = TensorParallelHeads(
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
+        model = model_runner.model
         self.metrics = Metrics.create(policy)
-        self.attention = AttentionState(pool, self.table, self.records)
+        cells = Cells(
+            pool.k_all, pool.v_all, self.req_to_token, self.table, heads, attention_scale(model)
+        )
+        self.compress: CompressionPass
+        decoder: Decoder
+        if decode == "triton":
+            # Imported here: a CPU server needs no Triton.
+            from aircache_sglang.runtime.kernel_decode import KernelDecoder
+            from aircache_sglang.runtime.kernel_pass import KernelPass
+
+            self.compress = KernelPass(cells)
+            decoder = KernelDecoder(pool, self.table, self.req_to_token)
+        else:
+            self.compress = TorchPass(cells, policy)
+            decoder = TorchDecoder(pool, self.table, self.req_to_token)
+        self.attention = AttentionState(pool, decoder)
         adopt(model_runner.attn_backend, self.attention)
-        self.scale = attention_scale(model_runner.model)
 
     def intent(self, req: Any) -> Intent | None:
         """Decide, once a prompt, whether and how to compress it; from host knowledge alone."""
@@ -74,8 +92,14 @@ class Compressor:
         """An intent, a reason to leave a request with pictures alone, or None without pictures."""
         if req.multimodal_inputs is None:
             return None
+        inputs = req.multimodal_inputs
+        bare_ids = {inputs.im_token_id, inputs.video_token_id} - {None}
         prompt = read_prompt(
-            req.origin_input_ids, req.multimodal_inputs.mm_items, MM_PAD_SHIFT_VALUE
+            req.origin_input_ids,
+            inputs.mm_items,
+            MM_PAD_SHIFT_VALUE,
+            bare_ids=bare_ids,
+            expected=None if inputs.image_pad_len is None else sum(inputs.image_pad_len),
         )
         if prompt is None or isinstance(prompt, str):
             return prompt
@@ -172,32 +196,55 @@ class Compressor:
             shared=True,
             reused=True,
             budgets=replica.budgets,
-            order=replica.order if own.config.return_selection else None,
+            selected=replica.selected if own.config.return_selection else None,
         )
         self.records[record.row] = record
         req.aircache_info = record.report(self.policy_name)
 
     def run_forward(self, batch: Any, forward: Callable[[], Any]) -> Any:
         """Run one forward; around a prefill, stash queries and then compress what it ended."""
-        if batch is None or not batch.forward_mode.is_extend():
+        if batch is None or batch.forward_mode.is_idle():
             return forward()
+        if not batch.forward_mode.is_extend():
+            records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
+            self.attention.records = records if any(records) else ()
+            return forward()
+        self.attention.records = ()
         self.table.clear(batch.req_pool_indices)
-        for req in batch.reqs:
-            record = self.records.get(req.kv.req_pool_idx)
-            if record is not None and record.reused:
-                assert record.budgets is not None, "a replica has its budgets"
-                prompt = record.intent.prompt
-                self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
+        self.attention.extends = self._extends(batch)
         self.attention.stash_work = self._stash_work(batch)
         try:
             result = forward()
         finally:
-            self.attention.stash_work = ()
-        for req in batch.reqs:
-            record = self.records.get(req.kv.req_pool_idx)
-            if record is not None and record.budgets is None:
-                self._compress(req, record)
+            self.attention.stash_work = self.attention.extends = ()
+        self._compress(batch.reqs)
         return result
+
+    def _extends(self, batch: Any) -> list[PackedExtend]:
+        """Enter the requests that extend a replica in the table, and plan their attention."""
+        extends: list[PackedExtend] = []
+        first_row = 0
+        for req, prefix_len, extend_len in zip(
+            batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
+        ):
+            record = self.records.get(req.kv.req_pool_idx)
+            if record is not None and record.reused:
+                assert record.budgets is not None, "a replica has its budgets"
+                prompt, row = record.intent.prompt, self.req_to_token[record.row]
+                self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
+                extends.append(
+                    plan_extend(
+                        record,
+                        row,
+                        prefix_len,
+                        prefix_len + extend_len,
+                        first_row,
+                        self.pool.layer_num,
+                        self.pool.rows,
+                    )
+                )
+            first_row += extend_len
+        return extends
 
     def _stash_work(self, batch: Any) -> list[StashWork]:
         works: list[StashWork] = []
@@ -217,27 +264,24 @@ class Compressor:
             first_row += extend_len
         return works
 
-    def _compress(self, req: Any, record: CompressionRecord) -> None:
+    def _compress(self, reqs: list[Any]) -> None:
+        jobs: list[Job] = []
         started = time.perf_counter()
-        stash: QueryStash = req.aircache_stash
-        compress(
-            record,
-            policy_of(self.policy_name, record.intent.config),
-            stash.stacked(self.pool.layer_num),
-            self.pool.k_all,
-            self.pool.v_all,
-            self.req_to_token,
-            self.table,
-            self.heads,
-            self.scale,
-        )
-        req.aircache_stash = None
-        record.seconds = time.perf_counter() - started
+        for req in reqs:
+            record = self.records.get(req.kv.req_pool_idx)
+            if record is not None and record.budgets is None:
+                stash: QueryStash = req.aircache_stash
+                jobs.append(Job(record, stash.stacked(self.pool.layer_num)))
+                req.aircache_stash = None
+        if jobs:
+            self.compress(jobs)
+            for job in jobs:
+                job.record.seconds = (time.perf_counter() - started) / len(jobs)
 
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The prefill's result is known and the visual slots are given back: report."""
         req.aircache_info = record.report(self.policy_name)
-        record.order = None  # kept by the replica, if there is one
+        record.selected = None  # kept by the replica, if there is one
         self.metrics.compressed(record)
 
     def forget(self, req: Any) -> CompressionRecord | None:
@@ -249,19 +293,26 @@ class Compressor:
         return record
 
 
-def policy_of(name: str, config: AirCacheConfig) -> Policy:
-    """The policy object that a request's configuration asks for."""
-    window, alpha = config.scoring_window()
-    return get_policy(name, alpha=alpha, elite=config.elite, budget=config.budget, window=window)
-
-
 def attention_scale(model: torch.nn.Module) -> float:
-    """The softmax scale that all attention layers of the language model share."""
-    from sglang.srt.layers.radix_attention import RadixAttention
+    """The softmax scale that all attention layers of the language model share.
 
-    scales = {m.scaling for m in model.modules() if isinstance(m, RadixAttention)}
+    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    # SGLang's Transformers fallback keeps its layers in a plain dictionary.
+    aside = getattr(model, "attention_instances", {}).values()
+    layers = [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+    scales = {layer.scaling for layer in layers}
     if len(scales) != 1:
         raise RuntimeError(
             f"--kv-policy aircache needs one softmax scale in all layers, found {sorted(scales)}"
         )
+    for layer in layers:
+        windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
+        if windowed or layer.logit_cap or layer.attn_type != AttentionType.DECODER:
+            raise RuntimeError(
+                "--kv-policy aircache needs causal attention over the whole context, without a "
+                f"window or a logit cap; layer {layer.layer_id} has another"
+            )
     return float(scales.pop())

@@ -28,9 +28,9 @@ class TensorParallelHeads:
         return total / self._size
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[L, H_local, N] of each rank to [L, H_kv, N] on every rank."""
+        """[H_local, N] of each rank to [H_kv, N] on every rank."""
         if self._size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self._size)]
         torch.distributed.all_gather(parts, tensor.contiguous(), group=self._group.device_group)
-        return torch.cat(parts[:: self._replicas], dim=1)
+        return torch.cat(parts[:: self._replicas])

@@ -27,12 +27,25 @@ def absolute_rows(
     return plane * rows + columns[column]
 
 
+def cells_of(order: torch.Tensor, budgets: torch.Tensor, n_cells: int) -> torch.Tensor:
+    """The kept tokens in the order of the cells, without a host synchronisation.
+
+    order: int64 [L, H_kv, N_v], ordinals by falling importance; budgets: int64 [L], sum n_cells.
+    Returns int64 [H_kv, n_cells]: cell off[l] + j of KV head h holds the token order[l, h, j].
+    """
+    cells = torch.arange(n_cells, device=order.device)
+    ends = budgets.cumsum(0)
+    layer = torch.searchsorted(ends, cells, right=True)
+    j = cells - (ends - budgets)[layer]
+    return order[layer, :, j].transpose(0, 1)
+
+
 def pack(
     k_all: torch.Tensor,
     v_all: torch.Tensor,
     visual_slots: torch.Tensor,
     columns: torch.Tensor,
-    order: torch.Tensor,
+    selected: torch.Tensor,
     budgets: torch.Tensor,
 ) -> None:
     """Copy the kept cells of one request into its columns, without a host synchronisation.
@@ -40,17 +53,13 @@ def pack(
     k_all, v_all: [L, rows, H_kv, D].
     visual_slots: int64 [N_v], in the order of the visual tokens; columns: int64 [m], disjoint from
         visual_slots, so that no survivor is overwritten.
-    order: int64 [L, H_kv, N_v], ordinals by falling importance; budgets: int64 [L], sum L * m.
-    Row j of layer l holds, for each KV head h, the token order[l, h, j].
+    selected: int64 [H_kv, L * m] of `cells_of`; budgets: int64 [L], sum L * m.
     """
     n_layers, rows, n_heads, head_dim = k_all.shape
     cells = torch.arange(n_layers * columns.numel(), device=k_all.device)
-    ends = budgets.cumsum(0)
-    layer = torch.searchsorted(ends, cells, right=True)
-    j = cells - (ends - budgets)[layer]
+    layer = torch.searchsorted(budgets.cumsum(0), cells, right=True)
     head = torch.arange(n_heads, device=k_all.device)
-    ordinal = order[layer[:, None], head[None, :], j[:, None]]
-    source = layer[:, None] * rows + visual_slots[ordinal]
+    source = layer[:, None] * rows + visual_slots[selected.transpose(0, 1)]
     target = absolute_rows(cells, columns, n_layers, rows)
     for cache in (k_all, v_all):
         flat = cache.view(n_layers * rows, n_heads, head_dim)

@@ -63,7 +63,7 @@ class AirCacheRadixCache(SpanTree):
                 prompt.start,
                 self.requests.variant(intent),
                 prompt.end,
-                with_order=intent.config.return_selection,
+                with_selection=intent.config.return_selection,
             )
             if found is not None:
                 return found
@@ -166,7 +166,7 @@ class AirCacheRadixCache(SpanTree):
             record.intent,
             torch.cat([record.extra, row[prompt.end : prompt.length].to(torch.int64)]),
             record.budgets,
-            record.order,
+            record.selected,
         )
         node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
         if node is None:

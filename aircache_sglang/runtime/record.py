@@ -57,14 +57,14 @@ class Replica:
     variant: what was asked for, so that replicas of one picture live side by side.
     slots: int64, owned by the tree: columns, copies of the text between pictures, then the text
         from `prompt.end` to `prompt.length`.
-    budgets: int64 [L]; order: int64 [L, H_kv, N_v] if the request that packed it asked for it.
+    budgets, selected: of the record that packed it; `selected` only if that request asked for it.
     """
 
     variant: tuple[Hashable, ...]
     intent: Intent
     slots: torch.Tensor
     budgets: torch.Tensor
-    order: torch.Tensor | None
+    selected: torch.Tensor | None
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The entries [prompt.start, prompt.length) of a row that extends this replica.
@@ -101,8 +101,9 @@ class CompressionRecord:
     reused: the columns are those of a replica that an earlier turn left.
     exact_tail: text beyond the prompt was computed beside the full picture (a retracted request),
         and fits neither namespace.
-    budgets: int64 [L], set by the pass; order: int64 [L, H_kv, N_v] if the selection is wanted, of
-        all tensor-parallel ranks.
+    budgets: integers [L] on the host, set by the pass.
+    selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
+        of all tensor-parallel ranks; only if the request wants its selection reported.
     """
 
     intent: Intent
@@ -115,10 +116,9 @@ class CompressionRecord:
     exact_tail: bool = False
     released: int = 0
     budgets: torch.Tensor | None = None
-    order: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
     seconds: float = 0.0
-    # Absolute rows of the packed cells, one int64 [n_l] a layer; filled on first use by the decode
-    # that gathers on the host's behalf (runtime/decode.py).
+    # Absolute rows of the packed cells, one int64 [n_l] a layer; runtime/decode.py fills them in.
     cell_rows: list[torch.Tensor] | None = None
 
     @property
@@ -160,9 +160,9 @@ class CompressionRecord:
             "instruction_tokens": min(hi - lo, config.scoring_window()[0]),
             "reused": self.reused,
         }
-        if self.order is not None:
+        if self.selected is not None:
             info["selection"] = [
-                heads[:, :kept].sort(dim=-1).values.tolist()
-                for heads, kept in zip(self.order.cpu(), budgets, strict=True)
+                heads.sort(dim=-1).values.tolist()
+                for heads in self.selected.cpu().split(budgets, dim=1)
             ]
         return info

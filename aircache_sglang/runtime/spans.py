@@ -7,7 +7,7 @@ Spans come from the request's own multimodal items, never from a token name of o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,27 +85,57 @@ def read_spans(mm_items: Sequence[Any]) -> list[tuple[int, int]]:
     return spans
 
 
+def placeholder_runs(input_ids: Sequence[int], pad_floor: int) -> list[tuple[int, int]]:
+    """Half-open maximal runs of ids >= pad_floor."""
+    spans: list[tuple[int, int]] = []
+    for position, token in enumerate(input_ids):
+        if token >= pad_floor:
+            start = spans.pop()[0] if spans and spans[-1][1] == position else position
+            spans.append((start, position + 1))
+    return spans
+
+
 def read_prompt(
-    input_ids: Sequence[int], mm_items: Sequence[Any], pad_floor: int
+    input_ids: Sequence[int],
+    mm_items: Sequence[Any],
+    pad_floor: int,
+    *,
+    bare_ids: Collection[int] = (),
+    expected: int | None = None,
 ) -> VisualPrompt | str | None:
     """Read the layout of a prompt.
 
     input_ids: the padded prompt; ids >= pad_floor are multimodal placeholders.
+    bare_ids: the request's own image and video token ids, which SGLang's Transformers fallback
+        leaves in the prompt (models/transformers.py, pad_input_ids).
+    expected: visual tokens that SGLang counted while it padded the prompt, where it did.
     Returns None for a prompt without visual tokens, or a short reason (a metric label) why the
     layout cannot be trusted: truncated prompts and items whose tokens are missing are served
     uncompressed rather than wrongly.
     """
-    spans = read_spans(mm_items)
-    if not spans:
+    visual = [item for item in mm_items if item.is_image() or item.is_video()]
+    if not visual:
         return None
+    spans = read_spans(visual)
+    if all(item.offsets is None for item in visual):
+        # The LLaVA family's own processor leaves them out (multimodal/processors/llava.py); with
+        # audio beside the pictures, placeholders would not say whose they are.
+        if len(visual) < len(mm_items):
+            return "span_mismatch"
+        spans = placeholder_runs(input_ids, pad_floor)
+        if expected is not None and sum(end - start for start, end in spans) != expected:
+            return "span_mismatch"
+    if not spans:
+        return "span_mismatch"
     merged = merge_spans(spans)
     if merged is None or any(end <= start for start, end in spans):
         return "overlapping_spans"
     length = len(input_ids)
     if merged[0][0] < 0 or merged[-1][1] > length:
         return "truncated_prompt"
-    if any(min(input_ids[start:end]) < pad_floor for start, end in merged):
-        return "span_mismatch"
+    for start, end in merged:
+        if any(token < pad_floor and token not in bare_ids for token in input_ids[start:end]):
+            return "span_mismatch"
     if merged[-1][1] == length:
         return "no_instruction"
     n_visual = sum(end - start for start, end in merged)

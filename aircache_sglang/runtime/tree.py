@@ -186,11 +186,11 @@ class SpanTree(RadixCache):
             self._follow(self.root_node, key, 0)
 
     def match_packed(
-        self, key: RadixKey, start: int, variant: Hashable, min_end: int, *, with_order: bool
+        self, key: RadixKey, start: int, variant: Hashable, min_end: int, *, with_selection: bool
     ) -> MatchResult | None:
         """The longest match that runs through a packed replica of the tokens from `start` on.
 
-        min_end: the replica has to reach this position. with_order: it has to know its selection.
+        min_end: the replica has to reach this position. with_selection: and know its selection.
         """
         if self.disable or start >= len(key):
             return None
@@ -204,7 +204,7 @@ class SpanTree(RadixCache):
             if (
                 start + size >= min_end
                 and (best is None or size > len(best.key))
-                and not (with_order and node.content.order is None)
+                and not (with_selection and node.content.selected is None)
                 and node.key.match_at(key, start) == size
             ):
                 best = node

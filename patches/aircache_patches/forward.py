@@ -8,6 +8,7 @@ from typing import Any
 
 from aircache_patches import process
 from aircache_patches.install import policy_in_force
+from aircache_patches.support import decode_kind
 
 
 def init_attention_backends(result: Any, model_runner: Any) -> None:
@@ -15,7 +16,19 @@ def init_attention_backends(result: Any, model_runner: Any) -> None:
     from aircache_sglang.runtime.engine import Compressor
 
     policy, config = policy_in_force()
-    process.set_compressor(Compressor(policy, config, model_runner))
+    decode = decode_kind(
+        model_runner.server_args.aircache_decode, model_runner.decode_attention_backend_str
+    )
+    process.set_compressor(Compressor(policy, config, decode, model_runner))
+
+
+def create_attention_graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:
+    """AROUND create_attention_graph_variants: uncompressed batches replay SGLang's own graph."""
+    from aircache_sglang.runtime.attention import DecodeGraphVariants
+
+    stock = original(hf_config)
+    assert stock is None, "the supported models have no decode graph variants of their own"
+    return DecodeGraphVariants(process.compressor().attention)
 
 
 def forward_batch_generation(

@@ -40,6 +40,11 @@ def hooks() -> list[Hook]:
             after,
         ),
         Hook(
+            srt + "layers.attention.graph_variants.create_attention_graph_variants",
+            forward.create_attention_graph_variants,
+            around,
+        ),
+        Hook(
             srt + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
             requests.validate_one_request,
             after,

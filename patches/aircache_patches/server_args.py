@@ -80,6 +80,15 @@ class AirCacheServerArgs(ServerArgs):
         NS("memory"),
     ] = _DEFAULT.pin_text
 
+    aircache_decode: A[
+        str,
+        Arg(
+            help="What compresses, and decodes what is compressed: torch (for a CPU) or Triton.",
+            choices=["auto", "torch", "triton"],
+        ),
+        NS("memory"),
+    ] = "auto"
+
     def resolve_once(self) -> None:
         """Runs in every process before SGLang uses the arguments (runtime_context.py, publish)."""
         if self.kv_policy == "none":

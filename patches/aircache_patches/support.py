@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-# Served and tested; see the README's matrix.
-ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
+# Served and tested; see docs/models.md. LlavaQwenForCausalLM is LLaVA-OneVision and LLaVA-NeXT in
+# the form of their authors; the last three run on SGLang's Transformers fallback.
+ARCHITECTURES = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "InternVLChatModel",
+    "LlavaQwenForCausalLM",
+    "LlavaOnevisionForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+)
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
@@ -38,6 +50,9 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("dllm_algorithm", None, "--dllm-algorithm"),
     ("kv_canary", "none", "--kv-canary"),
 )
+# Prefill is the backend's own; decode of compressed requests is ours.
+CPU_BACKENDS = ("torch_native", "triton")
+CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
 _KV_DTYPES = ("auto", "bf16", "bfloat16")
 
 
@@ -81,20 +96,38 @@ def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
         )
 
 
+def decode_kind(flag: str, decode_backend: str) -> str:
+    """What `--aircache-decode auto` means beside SGLang's decode attention backend."""
+    if flag != "auto":
+        return flag
+    return "torch" if decode_backend == "torch_native" else "triton"
+
+
 def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
-    if view.device != "cpu":
+    if view.device not in ("cpu", "cuda"):
         yield (
-            f"{policy} decodes on the CPU only so far, and this server runs on {view.device}; "
-            "add --device cpu on a machine without a GPU"
+            f"{policy} runs on CUDA devices and on plain CPUs, and this server runs on "
+            f"{view.device}; drop --kv-policy"
         )
     names = {
         view.attention_backend,
         view.prefill_attention_backend or view.attention_backend,
         view.decode_attention_backend or view.attention_backend,
     }
-    for name in sorted(str(name) for name in names if name != "torch_native"):
+    known = CUDA_BACKENDS if view.device == "cuda" else CPU_BACKENDS
+    for name in sorted(str(name) for name in names if name not in known):
         yield (
-            f"{policy} does not work with the attention backend {name}; "
+            f"{policy} does not work with the attention backend {name} on {view.device}; "
+            f"use --attention-backend {known[0]}"
+        )
+    kind = decode_kind(
+        view.aircache_decode, view.decode_attention_backend or view.attention_backend
+    )
+    if kind == "torch" and view.device == "cuda":
+        yield f"{policy} decodes in torch on a CPU only; use --aircache-decode triton"
+    if kind == "triton" and view.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        yield (
+            f"{policy} decodes with Triton on a CPU only under TRITON_INTERPRET=1; "
             "use --attention-backend torch_native"
         )
 
@@ -104,6 +137,12 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
 
     model = model_config_of(server_args)
     architecture = (model.hf_config.architectures or ["an unnamed architecture"])[0]
+    reason = out_of_reach(model)
+    if reason:
+        yield (
+            f"{policy} does not work with {architecture}, which {reason}; "
+            f"serve {server_args.model_path} without --kv-policy"
+        )
     if architecture not in ARCHITECTURES:
         yield (
             f"{policy} supports {', '.join(ARCHITECTURES)}, and {server_args.model_path} is a "
@@ -114,8 +153,34 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
             f"{policy} needs a model that answers with text about pictures, and "
             f"{server_args.model_path} is served as none; drop --is-embedding or --kv-policy"
         )
-    if getattr(model.hf_text_config, "use_sliding_window", False):
-        yield (
-            f"{policy} does not work with sliding-window attention, which "
-            f"{server_args.model_path} uses; serve it without --kv-policy"
-        )
+
+
+def out_of_reach(model: Any) -> str | None:
+    """What a model does that its visual KV cannot be compressed; None for plain attention.
+
+    model: SGLang's ModelConfig, which knows every family's own field names.
+    """
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = model.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if model.is_encoder_decoder:
+        return "reads its pictures by cross attention between an encoder and a decoder"
+    if model.attention_arch == AttentionArch.MLA:
+        return "uses multi-head latent attention (MLA)"
+    recurrent = ("linear_attention", "mamba", "recurrent")
+    fields = ("linear_num_value_heads", "mamba_d_state", "ssm_state_size", "state_size")
+    if (
+        model.attention_arch == AttentionArch.SSM
+        or kinds.intersection(recurrent)
+        or any(getattr(text, field, None) for field in fields)
+    ):
+        return "has state-space or linear-attention layers"
+    windows = {kind for kind in kinds if "sliding" in kind or "chunked" in kind}
+    if model.is_hybrid_swa or windows or getattr(text, "use_sliding_window", False):
+        return "uses sliding-window attention"
+    if getattr(text, "model_type", None) == "gpt_oss":
+        return "has attention sinks and sliding windows in its text tower"
+    if not model.is_multimodal:
+        return "reads no pictures"
+    return None

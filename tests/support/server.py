@@ -57,7 +57,7 @@ class Server:
         env: Mapping[str, str | None] | None = None,
         argv: Sequence[str] | None = None,
         log: str | Path | None = None,
-        timeout: float = 240.0,
+        timeout: float = 600.0,
     ) -> None:
         self.model = str(model)
         self.port = _free_port()

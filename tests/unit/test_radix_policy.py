@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.runtime import spans
-from aircache_sglang.runtime.compress import write_gap
+from aircache_sglang.runtime.compress import Cells
 from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
@@ -112,6 +112,9 @@ class World:
 
     def __init__(self, *, disable: bool = False) -> None:
         self.rows = Rows()
+        kv = torch.zeros(2, POOL + 1, 1, 1)
+        table: Any = None  # the tree does not read it
+        self.cells = Cells(kv, kv, self.rows.req_to_token, table, table, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
         self.counts: Counter[str] = Counter()
@@ -219,7 +222,6 @@ class World:
             originals=originals,
             extra=extra,
             exact_tail=len(req.fill) > prompt.length,
-            budgets=torch.full((2,), intent.columns),
         )
         self.records[row] = record
         for j, slot in enumerate(record.columns.tolist()):
@@ -228,7 +230,8 @@ class World:
             between = originals[prompt.between_positions()]
             for source, slot in zip(between.tolist(), record.copies.tolist(), strict=True):
                 self.label[slot] = self.label[source]
-        write_gap(self.rows.req_to_token[row], prompt.start, prompt.n_visual, record)
+        budgets = torch.full((2,), intent.columns)
+        self.cells.finish(record, budgets, torch.zeros(1, 2 * intent.columns))
         return True
 
     def release(self, req: Request, *, checkpoint: bool) -> None:

@@ -55,6 +55,7 @@ def test_defaults() -> None:
     assert args.max_total_tokens == 65_536
     assert args.max_running_requests == 64
     assert args.mem_fraction_static is None
+    assert args.sleep_on_idle is True
 
 
 def test_the_users_choices_stay() -> None:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention over text slots and packed cells, by the Triton kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aircache_kernels import decode_attention
+from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
+from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.table import CompressionTable
+
+
+class KernelDecoder:
+    """Reads rows, lengths and table on the device in each launch, and so needs no plan.
+
+    That is what makes it replayable in a CUDA graph: the captured launches hold the addresses of
+    SGLang's static batch buffers and of the table. A padded row has request 0, which is never
+    compressed.
+    """
+
+    def __init__(
+        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
+    ) -> None:
+        self.pool = pool
+        self.table = table
+        self.req_to_token = req_to_token
+
+    def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
+        """Nothing to do."""
+
+    def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
+        return decode_attention(
+            q,
+            self.pool.k_all,
+            self.pool.v_all,
+            layer.layer_id - self.pool.start_layer,
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self.table.gap_start,
+            self.table.gap_len,
+            self.table.cell_offset,
+            sm_scale=layer.scaling,
+            logit_cap=layer.logit_cap or 0.0,
+        )

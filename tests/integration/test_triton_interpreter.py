@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU's path on the real server: SGLang's Triton attention and our kernels, interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from aircache_sglang.platform import has_accelerator
+from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.support import Server
+from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
+from tests.support.prompts import ask, picture, user_prompt
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(has_accelerator(), reason="SGLang would use the accelerator"),
+]
+
+
+@pytest.fixture(scope="module")
+def triton_server(checkpoint: Path) -> Iterator[Server]:
+    flags = [*COMPRESSING_FLAGS, "--attention-backend", "triton", "--skip-server-warmup"]
+    env = {**STRICT_MEMORY_CHECKS, "TRITON_INTERPRET": "1"}
+    with Server(checkpoint, flags, env=env) as server:
+        yield server
+
+
+def test_kernels_serve_compressed_and_plain_requests(
+    triton_server: Server, oracle: Oracle
+) -> None:
+    """Two compressed requests, one of two pictures, decode beside one that is left alone."""
+    one = user_prompt(picture(1, 8, 9), "what is above the house?")
+    two = user_prompt(picture(2, 8, 8), "and", picture(3, 6, 5), "how many birds?")
+    asked = [
+        (one, {"retention": 0.3, "return_selection": True}),
+        (two, {"retention": 0.1, "return_selection": True}),
+        (one, {"retention": 1.0}),
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(
+            pool.map(lambda a: ask(triton_server, a[0], a[1], max_new_tokens=4), asked)
+        )
+    assert answers[2]["meta_info"]["aircache"] is None
+    for (prompt, _), answer in zip(asked, answers, strict=True):
+        trace = assert_agrees(oracle, prompt, answer)
+        report = answer["meta_info"]["aircache"]
+        if report is not None:
+            assert_policy_agrees(trace, report)
+            assert sum(report["layer_budgets"]) == len(report["layer_budgets"]) * report["columns"]
