@@ -24,7 +24,7 @@ from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
-from aircache_sglang.runtime.spans import read_prompt
+from aircache_sglang.runtime.spans import bare_spans, read_prompt
 from aircache_sglang.runtime.stash import QueryStash, StashWork
 from aircache_sglang.runtime.table import CompressionTable
 
@@ -33,7 +33,7 @@ class Compressor:
     """Owns the records, the table and the policy of one model runner.
 
     Attributes that it sets on SGLang's requests: `aircache_intent` (the decision), `aircache_stash`
-    (queries while the prefill runs), `aircache_info` (the report).
+    (queries while the prefill runs), `aircache_info` (the report), `aircache_bare_spans`.
     """
 
     def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
@@ -130,6 +130,18 @@ class Compressor:
         if peak + 2 * self.pool.page_size >= self.pool.size:
             return "pool_too_small"
         return intent
+
+    def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
+        """Placeholders that a key of the tree needs in place of the prompt's own tokens."""
+        known: list[tuple[int, list[int]]] | None = getattr(req, "aircache_bare_spans", None)
+        if known is None:
+            inputs = req.multimodal_inputs
+            known = []
+            if inputs is not None:
+                known = bare_spans(req.origin_input_ids, inputs.mm_items, MM_PAD_SHIFT_VALUE)
+            # SGLang drops the inputs of a finished request.
+            req.aircache_bare_spans = known
+        return known
 
     def variant(self, intent: Intent) -> tuple[Hashable, ...]:
         """What a replica must have been packed with to be extended."""

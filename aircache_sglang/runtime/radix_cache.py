@@ -10,6 +10,7 @@ goes below the replica when it is finished, and the next turn extends both.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable
 from typing import Any, Protocol
 
@@ -32,6 +33,9 @@ class Requests(Protocol):
     def intent(self, req: Any) -> Intent | None:
         """How the request will be, or was, compressed; None for the others."""
 
+    def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
+        """Placeholders that a key needs in place of the prompt's own tokens, by position."""
+
     def variant(self, intent: Intent) -> tuple[Hashable, ...]:
         """What a replica must have been packed with to be extended."""
 
@@ -53,10 +57,12 @@ class AirCacheRadixCache(SpanTree):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Extend a replica if there is one, or else run through full KV up to the instruction."""
-        intent = self.requests.intent(params.req) if params.req is not None else None
-        if intent is None or self.disable:
+        if params.req is None or self.disable:
             return super().match_prefix(params)
-        key, prompt = params.key, intent.prompt
+        key, intent = self._padded(params.req, params.key), self.requests.intent(params.req)
+        if intent is None:
+            return super().match_prefix(MatchPrefixParams(key=key))
+        prompt = intent.prompt
         if intent.reuses:
             found = self.match_packed(
                 key,
@@ -195,7 +201,25 @@ class AirCacheRadixCache(SpanTree):
 
     def _key(self, req: Any, length: int) -> RadixKey:
         ids = req.full_untruncated_fill_ids[:length]
-        return RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        return self._padded(req, RadixKey(ids, req.extra_key, cache_salt=req.cache_salt))
+
+    def _padded(self, req: Any, key: RadixKey) -> RadixKey:
+        """A key in which the tokens of every picture are its own."""
+        spans = self.requests.bare_spans(req)
+        if not spans:
+            return key
+        ids = key.token_ids[:]
+        for start, placeholders in spans:
+            if start < len(ids):
+                end = min(start + len(placeholders), len(ids))
+                ids[start:end] = array("q", placeholders[: end - start])
+        return RadixKey(
+            ids,
+            key.extra_key,
+            is_bigram=key.is_bigram,
+            limit=key.limit,
+            cache_salt=key.cache_salt,
+        )
 
     def _repoint(self, kv: Any, path: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:

@@ -89,6 +89,7 @@ class Request:
     last_node: Any = None
     prefix_len: int = 0
     n_out: int = 0  # tokens of the answer that are known
+    bare: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
     @property
     def origin_input_ids(self) -> array[int]:
@@ -140,6 +141,9 @@ class World:
 
     def intent(self, req: Request) -> Intent | None:
         return req.intent
+
+    def bare_spans(self, req: Request) -> list[tuple[int, list[int]]]:
+        return req.bare
 
     def variant(self, intent: Intent) -> tuple[Any, ...]:
         return intent.config.variant()
@@ -502,6 +506,21 @@ def test_equal_prompts_at_once_leave_one_replica() -> None:
         world.release(req, checkpoint=True)
         world.check()
     assert sum(kind == "packed" for kind, *_ in kinds(world)) == 1
+
+
+def test_pictures_without_placeholders_are_told_apart() -> None:
+    """SGLang's Transformers fallback leaves one image token for every picture in the prompt."""
+    world = World()
+    hits = []
+    for pads in (CAT, DOG, CAT):
+        req = make_request((1, 2, 9, 9, 9, 3, 4), (), "plain")
+        req.bare = [(2, list(pads))]
+        world.match(req)
+        hits.append(req.prefix_len)
+        assert world.extend(req, 7)
+        world.release(req, checkpoint=True)
+    assert hits == [0, 2, 6]
+    assert [kind for kind, *_ in kinds(world)] == ["prompt", *["visual", "prompt"] * 2]
 
 
 def test_without_a_tree() -> None:
