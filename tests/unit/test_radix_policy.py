@@ -520,7 +520,7 @@ def test_pictures_without_placeholders_are_told_apart() -> None:
         assert world.extend(req, 7)
         world.release(req, checkpoint=True)
     assert hits == [0, 2, 6]
-    assert [kind for kind, *_ in kinds(world)] == ["prompt", *["visual", "prompt"] * 2]
+    assert sum(kind == "visual" for kind, *_ in kinds(world)) == 2
 
 
 def test_without_a_tree() -> None:
