@@ -203,9 +203,7 @@ def pack(
             column_indices, *strides, BLOCK_D=power_of_2(head_dim), **blocks,
         )  # fmt: skip
         return
-    units, width = staging_plan(
-        n_cells, n_kv, head_dim, k_all.element_size(), max_scratch_bytes
-    )
+    units, width = staging_plan(n_cells, n_kv, head_dim, k_all.element_size(), max_scratch_bytes)
     scratch = k_bits.new_empty(units * n_cells * width)
     for first_unit in range(0, 2 * n_kv, units):
         now = min(units, 2 * n_kv - first_unit)

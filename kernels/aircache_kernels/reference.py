@@ -7,6 +7,9 @@ arithmetic runs in: float64 gives the truth, the inputs' own type what eager cod
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,7 @@ def elite_mask_reference(
     group = n_q // k_all.shape[2]
     mask = torch.zeros(n_layers, n_q, total_qo, dtype=torch.bool, device=q.device)
     bounds = qo_indptr.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if start == end:
             continue
         # [L, n, H_kv, D] -> [L, H_q, n, D]
@@ -93,7 +96,7 @@ def statistics_reference(importance: Tensor, kv_indptr: Tensor) -> Tensor:
     n_layers, n_kv, _ = importance.shape
     bounds = kv_indptr.tolist()
     out = torch.zeros(len(bounds) - 1, 2, n_layers, dtype=torch.float64, device=importance.device)
-    for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(bounds)):
         n = end - start
         for layer in range(n_layers):
             for head in range(n_kv):
@@ -142,9 +145,10 @@ def _request_budgets(stats: list[list[float]], n_visual: int, m: int, budget: st
         for l in starved:
             quota[l] = (total - len(fed) * n_visual) / len(starved)
     else:
-        low, high = 0.0, n_visual / min(shares[l] for l in fed)
+        # in logarithms: shares may lie 100 decades apart
+        low, high = 0.5 / max(shares), n_visual / min(shares[l] for l in fed)
         for _ in range(200):
-            level = (low + high) / 2
+            level = low * math.sqrt(high / low)
             quota = [min(max(level * share, 1.0), float(n_visual)) for share in shares]
             low, high = (level, high) if sum(quota) < total else (low, level)
     quota = [round(value * 2**20) / 2**20 for value in quota]
@@ -156,7 +160,7 @@ def _request_budgets(stats: list[list[float]], n_visual: int, m: int, budget: st
 
 
 def _over_mean(values: list[float]) -> list[float]:
-    """s / mean s; 1 everywhere where all are 0. What is not a positive finite number counts as 0."""
+    """s / mean s, or 1 where all are 0. What is not a positive finite number counts as 0."""
     values = [value if 0.0 < value < float("inf") else 0.0 for value in values]
     top = max(values)
     if top == 0.0:
@@ -237,7 +241,8 @@ def physical_rows_reference(
         text = layer * rows + torch.cat((table[:start], table[start + gap : length]))
         first, last = cell_offset[request, layer : layer + 2].tolist()
         cells = [cell_address_reference(cell, n_layers) for cell in range(first, last)]
-        packed = [plane * rows + int(table[start + column]) for column, plane in cells]
+        columns = table[start : start + gap].tolist()
+        packed = [plane * rows + columns[column] for column, plane in cells]
         tail = torch.tensor(packed, dtype=torch.int64, device=table.device)
         found.append(torch.cat((text, tail)))
     return found

@@ -44,9 +44,7 @@ def _reference_rows(  # type: ignore[no-untyped-def]
             q + q_at, mask=(local[:, None] < GROUP) & (d[None, :] < HEAD_DIM), other=0.0
         )
         k_at = layer * stride_kl + slots[None, :] * stride_kr + kv_head * stride_kh + d[:, None]
-        k_tile = tl.load(
-            k_all + k_at, mask=(t[None, :] < n) & (d[:, None] < HEAD_DIM), other=0.0
-        )
+        k_tile = tl.load(k_all + k_at, mask=(t[None, :] < n) & (d[:, None] < HEAD_DIM), other=0.0)
         logits += tl.dot(q_tile.to(DOT), k_tile.to(DOT), input_precision="ieee")
     logits = tl.where(t[None, :] < n, logits * scale, float("-inf"))
     top = tl.max(logits, 1)
@@ -367,7 +365,9 @@ def score(
     block_t = power_of_2(max_qo_len, 16)
     head_tiles = triton.cdiv(group, _BLOCK_H)
     block_r = 32
-    block_n = 128 if INTERPRETED else (64 if q.element_size() == 2 else 32)
+    block_n = min(64, 16384 // (block_d * q.element_size()))
+    if INTERPRETED and max_kv_len >= 8192:
+        block_n = 2048  # few large programs: they run one by one
     tiles = n_layers * n_kv * head_tiles
     wanted = triton.cdiv(4 * multiprocessors(device), tiles * batch)
     splits = max(1, min(wanted, triton.cdiv(max_kv_len, block_n), _MAX_SPLITS))
@@ -385,7 +385,7 @@ def score(
     _elite_fwd_kernel[(1 if shared else n_kv * head_tiles, batch, n_layers)](
         q, qo_indptr, k_all, text_indices, mask, rows, counts, *strides,
         total_qo, scale, float(alpha),
-        H_KV=n_kv, BLOCK_T=block_t, STEP_D=min(block_d, 32), SHARED=shared,
+        H_KV=n_kv, BLOCK_T=block_t, STEP_D=min(block_d, 64 // q.element_size()), SHARED=shared,
         **heads, **blocks, num_warps=8 if block_t > 128 else 4,
     )  # fmt: skip
     _lse_fwd_kernel[(splits, batch, tiles)](

@@ -65,7 +65,7 @@ def test_shared_window_of_a_large_group(device: torch.device) -> None:
 
 
 def test_longest_instruction(device: torch.device) -> None:
-    case = score_case([512, 500], [70, 9], n_layers=1, n_q=3, n_kv=1, head_dim=16, device=device)
+    case = score_case([512, 500], [70, 9], n_layers=1, n_q=2, n_kv=1, head_dim=16, device=device)
     hold(case, alpha=0.0)
 
 

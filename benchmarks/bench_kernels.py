@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.bench_kernels`: the kernels against the floor of the machine they run on.
+
+Every case is checked against the torch oracle before it is timed; a case that fails its check is
+reported as failed, not timed, and the exit code is 1. The floor is bytes over the copy bandwidth
+measured here, or FLOP over the matrix rate measured here, whichever is longer. One JSON line each.
+`--smoke` runs tiny cases, on a CPU in Triton's interpreter, and claims no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+
+from aircache_kernels import (
+    DecodeConfig,
+    build_flashinfer_tables,
+    build_text_csr,
+    decode_attention,
+    importance_statistics,
+    layer_budgets,
+    pack,
+    reference,
+    score,
+    select,
+)
+
+Row = dict[str, Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Model:
+    layers: int
+    n_q: int
+    n_kv: int
+    head_dim: int
+
+
+# LLaVA-OV-7B and Qwen2-VL-7B share their decoder's shape
+MODELS = {
+    "qwen2-vl-7b": Model(28, 28, 4, 128),
+    "internvl2-8b": Model(32, 32, 8, 128),
+    "tiny": Model(2, 4, 2, 32),
+}
+TEXT_TOKENS = 64
+
+
+class Timer:
+    """Median seconds of a call, with a cold L2 cache on a GPU."""
+
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
+        size = 256 << 20 if DEVICE.type == "cuda" else 1
+        self.flush = torch.empty(size, dtype=torch.int8, device=DEVICE)
+
+    def __call__(self, call: Callable[[], object], *, graph: bool = False) -> float:
+        """`graph` replays a CUDA graph of the call, as SGLang's decode does."""
+        call()
+        if graph and DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                call()
+            call = captured.replay
+        if DEVICE.type != "cuda":
+            started = time.perf_counter()
+            call()
+            return time.perf_counter() - started
+        call()
+        taken: list[float] = []
+        for _ in range(self.repeats):
+            self.flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(taken)
+
+
+def machine_rates(timer: Timer, dtype: torch.dtype, smoke: bool) -> tuple[float, float]:
+    """Bytes a second of a copy (read + write), FLOP a second of a square matrix product."""
+    size = 1 << (20 if smoke else 30)
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * size / timer(lambda: target.copy_(source))
+    side = 128 if smoke else 8192
+    a = torch.randn(side, side, device=DEVICE).to(dtype)
+    return copy, 2 * side**3 / timer(lambda: a @ a)
+
+
+class Batch:
+    """Requests of N_v visual and 64 text tokens, packed at one retention with uneven budgets."""
+
+    def __init__(
+        self, model: Model, batch: int, n_visual: int, retention: float, dtype: torch.dtype
+    ) -> None:
+        self.model, self.batch, self.n_visual, self.dtype = model, batch, n_visual, dtype
+        layers, context = model.layers, n_visual + TEXT_TOKENS
+        generator = torch.Generator(device=DEVICE).manual_seed(0)
+        self.m = max(1, round(retention * n_visual))
+        self.compressed = self.m < n_visual
+        per_request = TEXT_TOKENS + (self.m if self.compressed else n_visual)
+        rows = batch * per_request + 1
+        shape = (layers, rows, model.n_kv, model.head_dim)
+        self.k_all, self.v_all = (
+            torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator) for _ in range(2)
+        )
+        self.q = torch.randn(
+            batch, model.n_q, model.head_dim, dtype=dtype, device=DEVICE, generator=generator
+        )
+        slots = torch.randperm(rows - 1, device=DEVICE, generator=generator) + 1
+        slots = slots.view(batch, per_request).to(torch.int32)
+        self.req_to_token = torch.zeros(batch + 1, context, dtype=torch.int32, device=DEVICE)
+        half = TEXT_TOKENS // 2
+        kept = per_request - TEXT_TOKENS
+        self.req_to_token[1:, : half + kept] = slots[:, : half + kept]
+        self.req_to_token[1:, -half:] = slots[:, half + kept :]
+        self.req_pool_indices = torch.arange(1, batch + 1, device=DEVICE)
+        self.seq_lens = torch.full((batch,), context, device=DEVICE)
+        self.gap_start = torch.full((batch + 1,), half, dtype=torch.int32, device=DEVICE)
+        self.gap_len = torch.zeros(batch + 1, dtype=torch.int32, device=DEVICE)
+        self.cell_offset = torch.zeros(batch + 1, layers + 1, dtype=torch.int32, device=DEVICE)
+        if self.compressed:
+            self.gap_len[1:] = n_visual
+            stats = torch.rand(batch, 2, layers, generator=torch.Generator().manual_seed(1))
+            indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * n_visual
+            layer_budgets(
+                stats.double().to(DEVICE),
+                indptr,
+                torch.full((batch,), self.m, dtype=torch.int32, device=DEVICE),
+                cell_offset=self.cell_offset,
+                req_pool_indices=self.req_pool_indices,
+            )
+        self.csr: dict[str, Tensor] = {
+            "text_indptr": torch.empty(batch + 1, dtype=torch.int32, device=DEVICE),
+            "text_indices": torch.empty(batch * context, dtype=torch.int32, device=DEVICE),
+        }
+        self.build_csr()
+
+    def tables(self) -> tuple[Tensor, ...]:
+        return (
+            self.req_to_token, self.req_pool_indices, self.seq_lens, self.gap_start, self.gap_len,
+        )  # fmt: skip
+
+    def build_csr(self) -> None:
+        build_text_csr(*self.tables(), **self.csr)
+
+    def decode(self, layer: int, config: DecodeConfig | None = None) -> Tensor:
+        return decode_attention(
+            self.q, self.k_all, self.v_all, layer, *self.tables(), self.cell_offset,
+            sm_scale=self.model.head_dim**-0.5, config=config, **self.csr,
+        )  # fmt: skip
+
+    def decode_all(self, config: DecodeConfig | None) -> None:
+        for layer in range(self.model.layers):
+            self.decode(layer, config)
+
+    def decode_bytes(self) -> int:
+        """K and V of one step in all layers."""
+        model = self.model
+        visual = self.m if self.compressed else self.n_visual
+        cell = 2 * model.n_kv * model.head_dim * self.k_all.element_size()
+        return self.batch * model.layers * (visual + TEXT_TOKENS) * cell
+
+    def decode_flop(self) -> int:
+        """Two products of each query head with each K and V element of its KV head."""
+        elements = self.decode_bytes() // self.k_all.element_size()
+        return 2 * elements * (self.model.n_q // self.model.n_kv)
+
+    def decode_is_right(self) -> bool:
+        for layer in {0, self.model.layers - 1}:
+            want, _ = reference.decode_attention_reference(
+                self.q, self.k_all, self.v_all, layer, *self.tables(), self.cell_offset,
+                sm_scale=self.model.head_dim**-0.5, dtype=torch.float32,
+            )  # fmt: skip
+            if not close(self.decode(layer), want, self.dtype):
+                return False
+        return True
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
+    """Within 4 roundings of the type, relative to the largest value."""
+    error = (got.float() - want.float()).abs().max()
+    return bool(error <= 4 * torch.finfo(dtype).eps * want.abs().max())
+
+
+def decode_cases(
+    timer: Timer, name: str, batch: int, n_visual: int, retentions: Sequence[float],
+    dtype: torch.dtype, tune: bool,
+) -> Iterator[Row]:  # fmt: skip
+    """Decode of one step in all layers; the speed-up is against the same batch uncompressed."""
+    model = MODELS[name]
+    base: float | None = None
+    for retention in sorted({1.0, *retentions}, reverse=True):
+        work = Batch(model, batch, n_visual, retention, dtype)
+        row: Row = {
+            "kernel": "decode", "model": name, "batch": batch, "visual": n_visual,
+            "retention": retention, "bytes": work.decode_bytes(),
+            "flop": work.decode_flop(),
+            "checked": work.decode_is_right(),
+        }  # fmt: skip
+        if row["checked"]:
+            configs = [None]
+            if tune:
+                configs += [
+                    DecodeConfig(n, w, s)
+                    for n in (32, 64, 128)
+                    for w in (4, 8)
+                    for s in (2, 3, 4, 5)
+                ]
+            best: tuple[float, DecodeConfig | None] | None = None
+            for config in configs:
+                try:
+                    taken = timer(partial(work.decode_all, config), graph=True)
+                except triton.runtime.errors.OutOfResources:
+                    continue
+                if best is None or taken < best[0]:
+                    best = (taken, config)
+            assert best is not None
+            row["seconds"], row["config"] = best
+            row["csr_seconds"] = timer(work.build_csr, graph=True)
+            if retention == 1.0:
+                base = row["seconds"]
+            elif base is not None:
+                row["speedup"] = base / row["seconds"]
+        yield row
+        if retention == 1.0 and row["checked"]:
+            yield from flashinfer_case(timer, work, row)
+
+
+def flashinfer_case(timer: Timer, work: Batch, like: Row) -> Iterator[Row]:
+    """FlashInfer's own decode of the same uncompressed batch, where it is installed."""
+    if DEVICE.type != "cuda":
+        return
+    try:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    except ImportError:
+        return
+    model = work.model
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    indptr, indices = work.csr["text_indptr"], work.csr["text_indices"]
+    wrapper.plan(
+        indptr, indices[: int(indptr[-1])], torch.ones_like(indptr[1:]),
+        model.n_q, model.n_kv, model.head_dim, 1,
+        q_data_type=work.dtype, kv_data_type=work.dtype,
+    )  # fmt: skip
+
+    def step() -> None:
+        for layer in range(model.layers):
+            pool = (work.k_all[layer].unsqueeze(1), work.v_all[layer].unsqueeze(1))
+            wrapper.run(work.q, pool)
+
+    yield {**like, "kernel": "flashinfer decode", "seconds": timer(step, graph=True)}
+
+
+def pass_cases(
+    timer: Timer, name: str, batch: int, n_visual: int, retention: float, dtype: torch.dtype
+) -> Iterator[Row]:
+    """Score, budget, select and pack of prompts with one image each."""
+    model = MODELS[name]
+    layers, m = model.layers, max(1, round(retention * n_visual))
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    rows = batch * (TEXT_TOKENS + n_visual + m) + 1
+    shape = (layers, rows, model.n_kv, model.head_dim)
+    k_all, v_all = (
+        torch.randn(shape, dtype=dtype, device=DEVICE, generator=generator) for _ in range(2)
+    )
+    q = torch.randn(
+        layers, batch * TEXT_TOKENS, model.n_q, model.head_dim,
+        dtype=dtype, device=DEVICE, generator=generator,
+    )  # fmt: skip
+    slots = torch.randperm(rows - 1, device=DEVICE, generator=generator) + 1
+    text, visual, target, _ = slots.split([batch * TEXT_TOKENS, batch * n_visual, batch * m, 0])
+    steps = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+    qo_indptr, kv_indptr, column_indptr = steps * TEXT_TOKENS, steps * n_visual, steps * m
+    columns = torch.full((batch,), m, dtype=torch.int32, device=DEVICE)
+    scale = model.head_dim**-0.5
+
+    def run_score() -> Tensor:
+        return score(
+            q, qo_indptr, k_all, text, kv_indptr, visual,
+            max_qo_len=TEXT_TOKENS, max_kv_len=n_visual, sm_scale=scale,
+        )  # fmt: skip
+
+    def run_select() -> Tensor:
+        return select(
+            importance, kv_indptr, offsets, column_indptr,
+            total_columns=batch * m, max_kv_len=n_visual,
+        )  # fmt: skip
+
+    def run_pack() -> None:
+        pack(
+            k_all, v_all, selected, kv_indptr, visual, offsets, column_indptr, target,
+            max_columns=m,
+        )  # fmt: skip
+
+    importance = run_score()
+    stats = importance_statistics(importance, kv_indptr, max_kv_len=n_visual)
+    budgets, offsets = layer_budgets(stats, kv_indptr, columns)
+    selected = run_select()
+    run_pack()
+
+    mask = reference.elite_mask_reference(
+        q, qo_indptr, k_all, text, sm_scale=scale, dtype=torch.float32
+    )
+    want = reference.score_reference(
+        q[:1], qo_indptr, k_all[:1], text, kv_indptr, visual,
+        sm_scale=scale, dtype=torch.float32, elite_mask=mask[:1],
+    )  # fmt: skip
+    scored = close(importance[:1], want, dtype)
+    shared = bool((budgets.sum(1) == layers * m).all()) and torch.equal(
+        budgets, reference.budgets_reference(stats, kv_indptr, columns)
+    )
+    chosen = torch.equal(selected, reference.select_reference(importance, kv_indptr, budgets))
+    packed = packed_is_right(
+        k_all, v_all, selected, visual, offsets, target, n_visual=n_visual, m=m
+    )
+    cell = model.n_kv * model.head_dim * k_all.element_size()
+    scores = importance.numel() * 4
+    elite = int(mask.sum())
+    like = {"model": name, "batch": batch, "visual": n_visual, "retention": retention}
+    # every elite row meets every visual key twice: once for the sum, once for the scores
+    flop = 4 * elite * n_visual * model.head_dim
+    parts: list[tuple[str, bool, int, int, Callable[[], object]]] = [
+        ("score", scored, layers * batch * n_visual * cell + scores, flop, run_score),
+        (
+            "budget",
+            shared,
+            scores,
+            0,
+            lambda: layer_budgets(
+                importance_statistics(importance, kv_indptr, max_kv_len=n_visual),
+                kv_indptr,
+                columns,
+            ),
+        ),
+        ("select", chosen, scores + selected.numel() * 4, 0, run_select),
+        ("pack", packed, 4 * batch * layers * m * cell, 0, run_pack),
+    ]
+    total: float | None = 0.0
+    for kernel, checked, moved, flop, call in parts:
+        row: Row = {"kernel": kernel, **like, "bytes": moved, "flop": flop, "checked": checked}
+        if checked:
+            row["seconds"] = timer(call)
+            total = None if total is None else total + row["seconds"]
+        else:
+            total = None
+        yield row
+    yield {
+        "kernel": "pass", **like, "bytes": sum(part[2] for part in parts), "flop": flop,
+        "checked": total is not None, "launches": 7, "elite_rows": elite,
+        **({} if total is None else {"seconds": total}),
+    }  # fmt: skip
+
+
+def packed_is_right(
+    k_all: Tensor, v_all: Tensor, selected: Tensor, visual: Tensor, offsets: Tensor,
+    target: Tensor, *, n_visual: int, m: int,
+) -> bool:  # fmt: skip
+    """All cells of all requests, by tensor indexing. Sources are not overwritten here."""
+    layers, n_kv = k_all.shape[0], k_all.shape[2]
+    head = torch.arange(n_kv, device=DEVICE)[:, None]
+    cells = torch.arange(layers * m, device=DEVICE)
+    for b in range(offsets.shape[0]):
+        ends = offsets[b, 1:].contiguous().long()
+        layer = torch.searchsorted(ends, cells, right=True)[None]
+        ordinal = selected[:, b * layers * m : (b + 1) * layers * m].long()
+        source = visual[b * n_visual + ordinal]
+        slot = target[b * m + cells // layers][None]
+        for pool in (k_all, v_all):
+            if not torch.equal(pool[(cells % layers)[None], slot, head], pool[layer, source, head]):
+                return False
+    return True
+
+
+def tables_case(timer: Timer, name: str, batch: int, n_visual: int, dtype: torch.dtype) -> Row:
+    work = Batch(MODELS[name], batch, n_visual, 0.1, dtype)
+    layers = MODELS[name].layers
+    rows = work.k_all.shape[1]
+    capacity = batch * (n_visual + TEXT_TOKENS)
+    indptr = torch.empty(layers, batch + 1, dtype=torch.int32, device=DEVICE)
+    indices = torch.empty(layers, capacity, dtype=torch.int32, device=DEVICE)
+    last = torch.empty(batch, dtype=torch.int32, device=DEVICE)
+
+    def build() -> None:
+        build_flashinfer_tables(
+            *work.tables(), work.cell_offset, rows=rows,
+            kv_indptr=indptr, kv_indices=indices, last_page_len=last,
+        )  # fmt: skip
+
+    build()
+    want = torch.cat(
+        reference.physical_rows_reference(
+            layers, rows, layers - 1, *work.tables(), work.cell_offset
+        )
+    )
+    used = int(indptr[-1, -1])
+    row: Row = {
+        "kernel": "flashinfer tables", "model": name, "batch": batch, "visual": n_visual,
+        "retention": 0.1, "bytes": 8 * int(indptr[:, -1].sum()), "flop": 0,
+        "checked": used == want.numel() and torch.equal(indices[-1, :used].long(), want),
+    }  # fmt: skip
+    if row["checked"]:
+        row["seconds"] = timer(build, graph=True)
+    return row
+
+
+def provenance() -> Row:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    on_gpu = DEVICE.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU, Triton interpreter",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "git": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "command": shlex.join(["python", "-m", "benchmarks.bench_kernels", *sys.argv[1:]]),
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+    }
+
+
+def show(row: Row) -> None:
+    label = (
+        f"{row['kernel']:18} {row['model']:13} batch {row['batch']:2} visual {row['visual']:6} "
+        f"retention {row['retention']:4}"
+    )
+    if not row["checked"]:
+        print(f"{label}  FAILED its check, not timed", flush=True)
+    elif row["smoke"]:
+        print(f"{label}  checked", flush=True)
+    else:
+        speed = f"  {row['speedup']:.2f}x of retention 1" if "speedup" in row else ""
+        print(
+            f"{label}  {row['seconds'] * 1e3:9.3f} ms  {row['of_floor']:6.2f}x its floor{speed}",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny cases; runs without a GPU")
+    parser.add_argument("--model", choices=sorted(MODELS), action="append")
+    parser.add_argument("--batch", type=int, action="append", help="default 8 and 16")
+    parser.add_argument("--visual", type=int, action="append", help="default 2048 to 32768")
+    parser.add_argument("--retention", type=float, action="append", help="default .5, .1, .05")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tune", action="store_true", help="search the launch shape of decode")
+    parser.add_argument("--file", type=Path, help="JSON lines are appended to this file")
+    arguments = parser.parse_args(argv)
+    if DEVICE.type != "cuda" and not arguments.smoke:
+        parser.error("no GPU here: only --smoke runs without one")
+    smoke = arguments.smoke
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    models = arguments.model or (["tiny"] if smoke else ["qwen2-vl-7b", "internvl2-8b"])
+    batches = arguments.batch or ([2] if smoke else [8, 16])
+    visual = arguments.visual or ([96] if smoke else [2048, 8192, 16384, 32768])
+    retentions = arguments.retention or ([0.1] if smoke else [0.5, 0.1, 0.05])
+
+    timer = Timer(arguments.repeats)
+    copy, matrix = machine_rates(timer, dtype, smoke)
+    if not smoke:
+        print(f"copy {copy / 1e12:.2f} TB/s, {dtype} matrix {matrix / 1e12:.0f} TFLOP/s")
+    where = provenance()
+    failed = False
+
+    def cases() -> Iterator[Row]:
+        for name in models:
+            for n_visual in visual:
+                for retention in retentions:
+                    yield from pass_cases(timer, name, 1, n_visual, retention, dtype)
+                for batch in batches:
+                    yield from decode_cases(
+                        timer, name, batch, n_visual, retentions, dtype, arguments.tune
+                    )
+                    yield tables_case(timer, name, batch, n_visual, dtype)
+
+    for row in cases():
+        row |= {**where, "smoke": smoke, "dtype": str(dtype)}
+        row |= {"copy_bytes_per_s": copy, "matrix_flop_per_s": matrix}
+        if smoke:
+            row.pop("speedup", None)
+        elif row["checked"]:
+            row["floor_seconds"] = max(row["bytes"] / copy, row["flop"] / matrix)
+            row["of_floor"] = row["seconds"] / row["floor_seconds"]
+        failed |= not row["checked"]
+        show(row)
+        if arguments.file is not None:
+            arguments.file.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
