@@ -26,8 +26,15 @@ from aircache_sglang import cache_view
 from aircache_sglang.platform import has_accelerator
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support import Server
+from tests.support.chats import (
+    cached,
+    carried,
+    compressed_chat,
+    next_turn,
+    question,
+)
 from tests.support.oracle import LOGPROB_TOLERANCE, Oracle
-from tests.support.prompts import Prompt, ask, picture, user_prompt, words
+from tests.support.prompts import Prompt, picture, user_prompt, words
 
 pytestmark = [
     pytest.mark.server,
@@ -37,8 +44,6 @@ pytestmark = [
 
 POOL = 1100
 TOLERANCE = 1e-4
-NEW_TOKENS = 6
-RETENTION = 0.3
 CHAT_TURNS = 10
 
 SYSTEM = "you look at pictures." + words(240, seed=9)
@@ -64,16 +69,6 @@ def few_shot() -> list[Prompt]:
 def long_question() -> Prompt:
     """More text behind the picture than is scored."""
     return user_prompt(GARDEN, words(560, seed=5))
-
-
-def next_turn(prompt: Prompt, answer: Any, seed: int) -> Prompt:
-    text = answer["text"] + "<|im_end|>\n<|im_start|>user\n" + words(3 + seed % 4, seed=seed)
-    return Prompt(prompt.text + text + "<|im_end|>\n<|im_start|>assistant\n", prompt.images)
-
-
-def question(server: Server, prompt: Prompt, **overrides: Any) -> Any:
-    overrides = {"retention": RETENTION, **overrides}
-    return ask(server, prompt, overrides, max_new_tokens=NEW_TOKENS)
 
 
 def assert_equal(answer: Any, reference: Any) -> None:
@@ -147,10 +142,6 @@ def nodes(server: Server, kind: str) -> list[dict[str, Any]]:
     return [node for node in tree(server)["nodes"] if node["kind"] == kind]
 
 
-def cached(answer: Any) -> int:
-    return int(answer["meta_info"]["cached_tokens"])
-
-
 def test_questions_one_after_another(server: Server, reference: Reference) -> None:
     answers = [question(server, prompt) for prompt in questions()]
     for answer, expected in zip(answers, reference.questions, strict=True):
@@ -217,48 +208,6 @@ def test_ten_turns_in_exact_mode(server: Server, reference: Reference) -> None:
     for prompt, expected in reference.chat:
         assert_equal(question(server, prompt), expected)
         question(server, questions()[0])  # another user's picture, sometimes in the way
-
-
-def carried(oracle: Oracle, first: Prompt, prompt: Prompt, answer: Any, selection: Any) -> float:
-    """The largest difference from Transformers, which carries the masked cache across turns."""
-    inputs, whole = (
-        oracle.encode(first.text, first.images),
-        oracle.encode(prompt.text, prompt.images),
-    )
-    head, ids = inputs["input_ids"][0].tolist(), whole["input_ids"][0].tolist()
-    assert ids[: len(head)] == head and answer["meta_info"]["prompt_tokens"] == len(ids)
-    # All that follows the first prompt has seen only what was kept of the picture.
-    trace = oracle.run(inputs, ids[len(head) :] + answer["output_ids"], selection)
-    steps = answer["meta_info"]["output_token_logprobs"]
-    top = answer["meta_info"]["output_top_logprobs"]
-    rows = trace.logprobs[-len(steps) :]
-    return max(
-        abs(value - float(row[token]))
-        for row, step, others in zip(rows, steps, top, strict=True)
-        for value, token, _ in (step, *others)
-    )
-
-
-def compressed_chat(
-    server: Server, oracle: Oracle, prompt: Prompt, turns: int, long_turn: int = -1
-) -> None:
-    first, selection, length = prompt, None, 0
-    overrides = {"reuse": "compressed", "return_selection": True}
-    for turn in range(turns):
-        answer = question(server, prompt, **overrides)
-        report = answer["meta_info"]["aircache"]
-        if turn == 0:
-            selection = report["selection"]
-        assert report["selection"] == selection and report["reused"] == (turn > 0)
-        error = carried(oracle, first, prompt, answer, selection)
-        assert error < LOGPROB_TOLERANCE, f"turn {turn}: {error:.2e}"
-        if turn:
-            # All of the last turn but its last token, which was never fed back.
-            assert cached(answer) == length - 1
-        length = answer["meta_info"]["prompt_tokens"] + NEW_TOKENS
-        prompt = next_turn(prompt, answer, turn)
-        if turn == long_turn:
-            prompt = Prompt(prompt.text + words(300, seed=3), prompt.images)
 
 
 def test_ten_turns_in_compressed_mode(server: Server, oracle: Oracle) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chats with compressed sharing in a small pool, some turns broken off, all of them retracted."""
+"""Compressed sharing under pressure: aborts and retractions in a small pool, and two ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from aircache_sglang import cache_view
 from aircache_sglang.platform import has_accelerator
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support import Server
+from tests.support.chats import compressed_chat
+from tests.support.oracle import Oracle
 from tests.support.prompts import Prompt, ask, picture, user_prompt, words
 from tests.support.server import ServerError
 
@@ -80,3 +82,9 @@ def test_storm(checkpoint: Path, overlap: bool) -> None:
             time.sleep(0.1)
         assert state["free"] + state["evictable"] == state["size"] == POOL
         assert dump["totals"]["hit_tokens_compressed"] > 0
+
+
+def test_replicas_on_two_ranks(parallel_server: Server, oracle: Oracle) -> None:
+    """Each rank holds one KV head; both find, extend and keep the same replicas."""
+    prompt = user_prompt(picture(310, 9, 10), "what is this?" + words(3), picture(311, 8, 8), "?")
+    compressed_chat(parallel_server, oracle, prompt, 3)

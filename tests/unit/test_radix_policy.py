@@ -18,7 +18,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE, ReqKvInfo
+from sglang.srt.managers.schedule_batch import (
+    MM_PAD_SHIFT_VALUE,
+    Modality,
+    MultimodalDataItem,
+    ReqKvInfo,
+)
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
@@ -521,6 +526,21 @@ def test_pictures_without_placeholders_are_told_apart() -> None:
         world.release(req, checkpoint=True)
     assert hits == [0, 2, 6]
     assert sum(kind == "visual" for kind, *_ in kinds(world)) == 2
+
+
+def test_bare_spans_are_padded_by_the_pictures_hash() -> None:
+    items = [
+        MultimodalDataItem(modality=Modality.IMAGE, offsets=[(2, 4)]),
+        MultimodalDataItem(modality=Modality.IMAGE, offsets=[(6, 7)]),
+    ]
+    for number, item in enumerate(items):
+        item.set_identity(bytes([number]) * 32)
+    bare = [1, 2, 9, 9, 9, 3, 9, 9, 4]
+    found = spans.bare_spans(bare, items, MM_PAD_SHIFT_VALUE)
+    assert found == [(2, items[0].padding_sequence(3)), (6, items[1].padding_sequence(2))]
+    assert all(is_visual(token) for _, pads in found for token in pads)
+    padded = [1, 2, *found[0][1], 3, *found[1][1], 4]
+    assert spans.bare_spans(padded, items, MM_PAD_SHIFT_VALUE) == []
 
 
 def test_without_a_tree() -> None:
