@@ -75,6 +75,7 @@ class Workload:
         self.server = server
         self.reuse = reuse
         self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
 
     def ask(self, prompt: Any, tokens: int) -> Any:
         sampling: dict[str, Any] = {"ignore_eos": True}
@@ -90,17 +91,21 @@ class Workload:
     def run(self, work: Callable[[Workload], None]) -> Row:
         """hit_tokens: of prompts, in the cache; prefilled_tokens: the others."""
         self.server.flush_cache()
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         with Load(self.server) as load:
             work(self)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - self.started
         hits = sum(row["cached_tokens"] for row in self.rows)
         prompts = sum(row["prompt_tokens"] for row in self.rows)
+        # A hit runs through the whole picture or ends before it.
+        n_visual = PICTURE_SIDE**2
+        visual = sum(n_visual for row in self.rows if row["cached_tokens"] >= n_visual)
         generated = sum(row["completion_tokens"] for row in self.rows)
         return {
             "requests": len(self.rows),
             "prompt_tokens": prompts,
             "hit_tokens": hits,
+            "hit_tokens_text": hits - visual,
             "prefilled_tokens": prompts - hits,
             "held_at_once": load.most,
             "output_tokens_per_second": round(generated / seconds, 1),
@@ -123,7 +128,10 @@ def questions(load: Workload) -> None:
 
 
 def shared(load: Workload) -> None:
-    """48 requests at once: 300 shared words, a picture and a question of one's own, 64 tokens."""
+    """48 requests at once: 300 shared words, a picture and a question of one's own, 64 tokens.
+
+    A long text takes the pool until all of them wait, since a client prepares pictures slowly.
+    """
     from tests.support.prompts import picture, user_prompt, words
 
     system = words(300, seed=7)
@@ -132,8 +140,30 @@ def shared(load: Workload) -> None:
         for i in range(48)
     ]
     load.ask(prompts[0], 2)
-    with ThreadPoolExecutor(48) as pool:
-        list(pool.map(lambda prompt: load.ask(prompt, 64), prompts))
+    with ThreadPoolExecutor(49) as pool:
+        pool.submit(
+            load.server.generate,
+            words(1900, seed=1),
+            max_new_tokens=1900,
+            rid="first",
+            sampling={"ignore_eos": True},
+        )
+        wait_for(load.server, "num_running_reqs", 1)
+        answers = [pool.submit(load.ask, prompt, 64) for prompt in prompts]
+        wait_for(load.server, "num_waiting_reqs", len(prompts))
+        load.started = time.perf_counter()
+        load.server.request("POST", "/abort_request", {"rid": "first"})
+        for answer in answers:
+            answer.result()
+
+
+def wait_for(server: Any, name: str, count: int) -> None:
+    """Wait until the scheduler's load says so, at most 2 minutes."""
+    deadline = time.monotonic() + 120
+    while server.get("/v1/loads")["loads"][0][name] < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name} has not reached {count}")
+        time.sleep(0.05)
 
 
 def chats(load: Workload) -> None:

@@ -160,7 +160,7 @@ class AirCacheRadixCache(SpanTree):
         If there is such a replica already, ours stays private.
         """
         kv, prompt = req.kv, record.intent.prompt
-        self._insert(req, self._prompt_slots(req, record, prompt.end))
+        exact = self._insert(req, self._prompt_slots(req, record, prompt.end)).node
         head, length = self._follow(self.root_node, self._key(req, prompt.start), 0)
         assert length == prompt.start, "the head was just inserted"
         start = min(kv.cache_protected_len, prompt.start)
@@ -180,6 +180,7 @@ class AirCacheRadixCache(SpanTree):
             self._hold(req, head, prompt.start, text_only=False)
         else:
             record.shared = True
+            self.mark_spare(exact)
             self._hold(req, node, prompt.length, text_only=False)
 
     def _free_visual(self, req: Any, record: CompressionRecord) -> None:

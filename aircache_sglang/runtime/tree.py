@@ -71,6 +71,7 @@ class Node(TreeNode):
     content: what a packed node holds; None for the others.
     place: the node's key among its parent's children.
     packed: packed children, by variant and first token.
+    spare: full KV of a picture that has been read once, to pack a replica that is in the tree.
     """
 
     def __init__(self, kind: Kind, priority: int = 0) -> None:
@@ -81,6 +82,7 @@ class Node(TreeNode):
         self.content: Replica | None = None
         self.place: Hashable = None
         self.packed: dict[Hashable, list[Node]] = {}
+        self.spare = False
 
     @property
     def size(self) -> int:
@@ -222,6 +224,7 @@ class SpanTree(RadixCache):
                 break
             matched = child.key.match_at(key, offset)
             child.last_access_time = now
+            child.spare = False
             if matched < len(child.key):
                 return self._split_node(child.key, child, matched), offset + matched
             node, offset = child, offset + matched
@@ -328,6 +331,12 @@ class SpanTree(RadixCache):
         self._attach(head, node, ("packed", node.id))
         return node
 
+    def mark_spare(self, node: Node) -> None:
+        """Let pictures on the path to `node` go before their replica, unless others read them."""
+        while node is not self.root_node:
+            node.spare = node.kind is Kind.VISUAL and node.hit_count <= 1
+            node = node.parent
+
     def _attach(self, parent: Node, child: Node, place: Hashable) -> None:
         child.parent, child.place = parent, place
         if child.replica is None:
@@ -353,6 +362,7 @@ class SpanTree(RadixCache):
         upper.hit_count, upper.lock_ref = child.hit_count, child.lock_ref
         upper.last_access_time = child.last_access_time
         upper.creation_time = child.creation_time
+        upper.spare = child.spare
         upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
         upper.key, child.key = child.key[:split_len], child.key[split_len:]
         if child.value is not None:
@@ -413,8 +423,9 @@ class SpanTree(RadixCache):
     def evict(self, params: EvictParams) -> EvictResult:
         """Free at least `num_tokens` slots, if that many are evictable.
 
-        Visual KV and replicas go first, least recently used by SGLang's strategy, then generated
-        text, then prompts, leaves before what they follow. Text above its bound goes before all.
+        Pictures that only served to pack a replica go first, then other visual KV and replicas, by
+        SGLang's strategy, then generated text, then prompts, leaves before what they follow. Text
+        above its bound goes before all.
         """
         if self.disable:
             return EvictResult()
@@ -547,7 +558,8 @@ class _Heaps:
             heap = self._yielding
         else:
             heap = self._prompts if node.kind is Kind.PROMPT else self._generated
-        heapq.heappush(heap, (self._strategy.get_priority(node), node.id, node))
+        priority = (not node.spare, self._strategy.get_priority(node))
+        heapq.heappush(heap, (priority, node.id, node))
 
     def pop(self, *, text_first: bool) -> Node | None:
         text = (self._generated, self._prompts)

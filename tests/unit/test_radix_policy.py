@@ -473,6 +473,21 @@ def test_follow_up_extends_the_replica() -> None:
     assert complete(world, (*turn, 5, 1, 1), mode="compressed") == 8
 
 
+def test_replicas_outlive_pictures_that_nobody_else_read() -> None:
+    world = World()
+    for first in (DOG, CAT):
+        complete(world, (*HEAD, *first, 3, 4), (5, 6), mode="compressed")
+    # The last question reads the cat's exact KV, which is then as good as a replica.
+    complete(world, (*HEAD, *CAT, 6, 6), mode="compressed")
+    order = []
+    for _ in range(3):
+        left = {node for node, _ in world.tree.nodes()}
+        world.tree.evict(EvictParams(num_tokens=1))
+        gone = left - {node for node, _ in world.tree.nodes()}
+        order += [(node.label, node.key.token_ids[0] if node.key else 0) for node in gone]
+    assert order == [("visual", DOG[0]), ("lossy", 5), ("packed", DOG[0])]
+
+
 @pytest.mark.parametrize("mode", ["plain", "exact"])
 def test_nothing_lossy_is_a_hit_in_exact_kv(mode: str) -> None:
     world = World()
@@ -541,6 +556,24 @@ def test_bare_spans_are_padded_by_the_pictures_hash() -> None:
     assert all(is_visual(token) for _, pads in found for token in pads)
     padded = [1, 2, *found[0][1], 3, *found[1][1], 4]
     assert spans.bare_spans(padded, items, MM_PAD_SHIFT_VALUE) == []
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+def test_what_a_retracted_request_had_said(evicted: bool) -> None:
+    """It is extended on the replica; beside the full picture it is no part of the next replica."""
+    world = World()
+    turn = (*HEAD, *CAT, 3, 4)
+    req = serve(world, turn, (5, 6), mode="compressed")
+    world.release(req, checkpoint=False)
+    if evicted:
+        world.tree.evict(EvictParams(num_tokens=POOL))
+    world.match(req)
+    assert req.prefix_len == (0 if evicted else len(turn))
+    assert run_prefill(world, req)
+    world.tree.checkpoint(req, up_to=len(req.fill))
+    world.check()
+    world.release(req, checkpoint=True)
+    assert complete(world, (*turn, 5, 6, 7), mode="compressed") == (7 if evicted else 9)
 
 
 def test_without_a_tree() -> None:
