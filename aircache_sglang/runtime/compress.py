@@ -153,8 +153,8 @@ def score(
         [
             policy.score(
                 q[block],
-                k_all[block][:, instruction_slots],
-                k_all[block][:, visual_slots],
+                k_all[block].index_select(1, instruction_slots),
+                k_all[block].index_select(1, visual_slots),
                 scale=scale,
             )
             for block in layer_blocks(n_layers, per_layer)

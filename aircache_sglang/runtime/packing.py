@@ -61,6 +61,9 @@ def pack(
     head = torch.arange(n_heads, device=k_all.device)
     source = layer[:, None] * rows + visual_slots[selected.transpose(0, 1)]
     target = absolute_rows(cells, columns, n_layers, rows)
+    source = (source * n_heads + head[None, :]).view(-1)
     for cache in (k_all, v_all):
-        flat = cache.view(n_layers * rows, n_heads, head_dim)
-        flat[target] = flat[source, head[None, :]]
+        # index_select copies whole rows; indexing with tensors goes element by element on a CPU.
+        picked = cache.view(-1, head_dim).index_select(0, source)
+        flat = cache.view(n_layers * rows, n_heads * head_dim)
+        flat.index_copy_(0, target, picked.view(-1, n_heads * head_dim))

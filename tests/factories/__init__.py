@@ -3,6 +3,27 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from tests.factories.qwen2_vl import make_qwen2_vl
 
-__all__ = ["make_qwen2_vl"]
+__all__ = [
+    "make_internvl_chat",
+    "make_internvl_hf",
+    "make_llava_next_video",
+    "make_llava_onevision",
+    "make_llava_qwen",
+    "make_qwen2_5_vl",
+    "make_qwen2_vl",
+    "make_qwen3_vl",
+    "make_qwen3_vl_moe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the families that need Transformers' model classes, seconds, only when asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = name.removeprefix("make_").removesuffix("_moe")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -54,10 +54,13 @@ _SPLIT = (
 )
 
 
-def build_tokenizer(words: tuple[str, ...]) -> tuple[Tokenizer, list[int]]:
+def build_tokenizer(
+    words: tuple[str, ...], extra: tuple[str, ...] = ()
+) -> tuple[Tokenizer, list[int]]:
     """Return a tokenizer with every byte, ``words`` and SPECIAL_TOKENS, and the ids of the words.
 
     Each word is one token with its leading space; the ids are those tokens', in the order given.
+    ``extra`` are further special tokens, of families that have their own.
     """
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: dict[tuple[str, str], None] = {}
@@ -77,6 +80,6 @@ def build_tokenizer(words: tuple[str, ...]) -> tuple[Tokenizer, list[int]]:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *extra)]
     )
     return tokenizer, [vocab["Ġ" + word] for word in words]

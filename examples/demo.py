@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model, served by stock SGLang and with AirCache, asked the same questions.
+
+Run it from the repository's root with `make demo`. It needs no network and no GPU, starts one
+server at a time on 127.0.0.1, and ends each before it returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageEnhance
+
+from examples.page import TOKEN_PIXELS, invoice
+from tests.factories import make_qwen2_vl
+from tests.support import Server, ServerError
+
+QUESTIONS = (
+    "what must be paid?",
+    "which town is named at the top of the page?",
+    "how many chairs are there, and what do they cost?",
+)
+RETENTIONS = (1.0, 0.5, 0.1)
+WATCHED_TOKENS = 32
+# The visual KV of a page is 20 MB here, more than twice the weights.
+MODEL = {"layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate_size": 256}
+FLAGS = (
+    *("--device", "cpu", "--max-total-tokens", "16384", "--context-length", "8192"),
+    # Timings in meta_info; a fresh count of the pool at every step; no polling while idle.
+    *("--enable-metrics", "--load-snapshot-publish-interval", "1", "--sleep-on-idle"),
+)
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """One line of the table: the questions under one setting."""
+
+    name: str
+    answers: list[str] = dataclasses.field(default_factory=list)
+    reports: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+    token_seconds: list[float] = dataclasses.field(default_factory=list)
+    kv_in_use: int = 0
+
+
+class Progress:
+    """Prints what happens, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._started:5.1f} s] {text}", flush=True)
+
+
+class KvWatch:
+    """Reads, while a request runs, how many KV tokens the server counts as in use."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self.samples: list[int] = []
+
+    def __enter__(self) -> KvWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.02):
+            try:
+                load = self._server.get("/v1/loads")["loads"][0]
+            except (ServerError, OSError):
+                return  # the request itself will say what is wrong
+            if load["num_running_reqs"]:
+                self.samples.append(load["num_used_tokens"])
+
+
+def ask(
+    server: Server, name: str, page: Image.Image, tokens: int, overrides: dict[str, Any] | None
+) -> Row:
+    """Ask every question on `page`, one after the other, on an empty cache."""
+    row = Row(name)
+    server.flush_cache()
+    fields: dict[str, Any] = {"return_meta_info": True}
+    if overrides:
+        fields["custom_params"] = {"aircache": overrides}
+    for question in QUESTIONS:
+        answer = server.chat(question, images=[page], max_tokens=tokens, **fields)
+        choice = answer["choices"][0]
+        meta = choice["meta_info"]
+        row.answers.append(choice["message"]["content"])
+        row.reports.append(meta.get("aircache"))
+        row.token_seconds.append(1 / meta["decode_throughput"])
+    # Once more, watched: the reading would disturb the timings.
+    with KvWatch(server) as watch:
+        server.chat(QUESTIONS[0], images=[page], max_tokens=WATCHED_TOKENS, **fields)
+    if not watch.samples:
+        raise ServerError(f"no reading of the KV tokens in use, {name}")
+    # The last one is of the decode: until the prefill ends it holds all visual slots.
+    row.kv_in_use = watch.samples[-1]
+    return row
+
+
+def table(rows: Sequence[Row], n_visual: int) -> str:
+    """The rows as text; the first is stock SGLang's."""
+    head = (
+        *("", "visual tokens", "columns", "slots freed", "KV tokens in use", "ms per token"),
+        "answers as stock",
+    )
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        report = row.reports[0]
+        same = sum(a == b for a, b in zip(row.answers, rows[0].answers, strict=True))
+        lines.append(
+            (
+                row.name,
+                str(n_visual),
+                str(report["columns"]) if report else "-",
+                str(report["slots_freed"]) if report else "0",
+                str(row.kv_in_use),
+                f"{1000 * statistics.median(row.token_seconds):.1f}",
+                "-" if row is rows[0] else f"{same} of {len(row.answers)}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def selection_picture(page: Image.Image, report: dict[str, Any]) -> Image.Image:
+    """The page three times: what the first KV head keeps in the layers with the least, the middle
+    and the largest budget. Kept tokens stay bright, the others are dimmed."""
+    budgets = report["layer_budgets"]
+    ranked = sorted(range(len(budgets)), key=budgets.__getitem__)
+    layers = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
+    dimmed = ImageEnhance.Brightness(page).enhance(0.35)
+    header = 44
+    width, height = page.size
+    sheet = Image.new("RGB", (width * 3 + 32, height + header), "white")
+    for place, layer in enumerate(layers):
+        panel = dimmed.copy()
+        for ordinal in report["selection"][layer][0]:
+            y, x = divmod(ordinal, width // TOKEN_PIXELS)
+            corner = (x * TOKEN_PIXELS, y * TOKEN_PIXELS)
+            box = (*corner, corner[0] + TOKEN_PIXELS, corner[1] + TOKEN_PIXELS)
+            panel.paste(page.crop(box), corner)
+        left = place * (width + 16)
+        sheet.paste(panel, (left, header))
+        text = f"layer {layer}, KV head 0: {budgets[layer]} of {report['visual_tokens']} kept"
+        ImageDraw.Draw(sheet).text((left + 8, 8), text, fill="black", font_size=24)
+    return sheet
+
+
+def run(folder: Path, tokens: int, picture: Path, say: Progress) -> bool:
+    """Everything between the parsed arguments and the verdict on retention 1."""
+    say("writing a Qwen2-VL checkpoint with random weights, and drawing an invoice")
+    checkpoint = make_qwen2_vl(folder / "model", max_pixels=28 * 28 * 1536, **MODEL)
+    page = invoice()
+    n_visual = (page.width // TOKEN_PIXELS) * (page.height // TOKEN_PIXELS)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+
+    rows = []
+    say("starting stock SGLang: --kv-policy none")
+    with server_of(checkpoint, "none", picture.parent) as server:
+        server.chat(QUESTIONS[0], images=[page], max_tokens=4)  # first use costs more
+        say(f"asking {len(QUESTIONS)} questions, {tokens} tokens each")
+        rows.append(ask(server, "none", page, tokens, None))
+        say("stopping it")
+
+    say("starting SGLang with AirCache: --kv-policy aircache")
+    with server_of(checkpoint, "aircache", picture.parent) as server:
+        server.chat(QUESTIONS[0], images=[page], max_tokens=4)
+        for retention in RETENTIONS:
+            say(f"asking the same questions at retention {retention:g}")
+            name = f"aircache, retention {retention:g}"
+            rows.append(ask(server, name, page, tokens, {"retention": retention}))
+        answer = server.chat(
+            QUESTIONS[0],
+            images=[page],
+            max_tokens=2,
+            return_meta_info=True,
+            custom_params={"aircache": {"retention": RETENTIONS[-1], "return_selection": True}},
+        )
+        say("stopping it")
+
+    selection_picture(page, answer["choices"][0]["meta_info"]["aircache"]).save(picture)
+    print(f"\n{table(rows, n_visual)}\n")
+    print("The weights are random, so the words mean nothing; the memory and the timings are real.")
+    print(f"The first words at retention 1: {' '.join(rows[1].answers[0].split()[:8])} ...")
+    print(f"The visual tokens that three layers keep at retention {RETENTIONS[-1]:g}: {picture}")
+    return rows[1].answers == rows[0].answers
+
+
+def server_of(checkpoint: Path, policy: str, folder: Path) -> Server:
+    """A server of the checkpoint, not yet started; its log goes to `folder`."""
+    log = folder / f"demo-{policy}.log"
+    return Server(checkpoint, [*FLAGS, "--kv-policy", policy], log=log)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description="Stock SGLang and AirCache, side by side."
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default 48)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("build/demo-selection.png"),
+        help="where the picture of the kept tokens goes (default build/demo-selection.png)",
+    )
+    arguments = parser.parse_args(argv)
+    if not 2 <= arguments.tokens <= 512:
+        parser.error(f"--tokens must be between 2 and 512, got {arguments.tokens}")
+
+    if threading.current_thread() is threading.main_thread():
+        # Leave through the servers' context managers, which end them.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    say = Progress()
+    with tempfile.TemporaryDirectory(prefix="aircache-demo-") as folder:
+        try:
+            same = run(Path(folder), arguments.tokens, arguments.picture, say)
+        except (ServerError, OSError) as error:
+            # A server's error is followed by the end of its log.
+            reason = str(error).partition("\n")[0]
+            logs = arguments.picture.parent / "demo-*.log"
+            print(f"The demo failed: {reason}; the servers' logs are {logs}.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("The demo was interrupted; its servers are stopped.", file=sys.stderr)
+            return 130
+    if not same:
+        print("The demo failed: retention 1 did not answer as stock SGLang does.", file=sys.stderr)
+        return 1
+    say("done: retention 1 gave the same answers as stock SGLang")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question to a running server, through the OpenAI client, with its own retention.
+
+sglang serve --model-path CHECKPOINT --kv-policy aircache
+python -m examples.openai_client http://127.0.0.1:30000 PICTURE "What does this page say?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import mimetypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import openai
+
+
+def data_url(picture: Path) -> str:
+    kind = mimetypes.guess_type(picture.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.openai_client", description=__doc__)
+    parser.add_argument("url", help="of the server, without /v1")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("question")
+    parser.add_argument("--retention", type=float, default=0.05, help="share of visual KV to keep")
+    parser.add_argument("--tokens", type=int, default=32)
+    arguments = parser.parse_args(argv)
+
+    # A proxy of the environment must not see a server of this machine.
+    client = openai.OpenAI(
+        base_url=f"{arguments.url}/v1",
+        api_key="none",
+        http_client=httpx.Client(trust_env=False),
+    )
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": data_url(arguments.picture)}},
+                    {"type": "text", "text": arguments.question},
+                ],
+            }
+        ],
+        max_tokens=arguments.tokens,
+        temperature=0.0,
+        # What the OpenAI protocol does not know goes into the body as it is.
+        extra_body={
+            "custom_params": {"aircache": {"retention": arguments.retention}},
+            "return_meta_info": True,
+        },
+    )
+    choice = answer.choices[0]
+    print(choice.message.content)
+    report = choice.to_dict()["meta_info"]["aircache"]
+    if report is None:
+        print("The server kept all of the visual KV.")
+    else:
+        print(
+            f"The server kept {report['columns']} of {report['visual_tokens']} visual tokens' "
+            f"slots, split over the layers as {report['layer_budgets']}."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tensor-parallel ranks: each scores and packs its own KV heads, both agree on the budgets."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from aircache_sglang.platform import has_accelerator
+from tests.support import Server
+from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
+from tests.support.prompts import ask, max_logprob_difference, picture, user_prompt, words
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(has_accelerator(), reason="SGLang would use the accelerator"),
+]
+
+PROMPTS = {
+    "one picture": user_prompt(picture(41, 12, 11), "what is above the small white house?"),
+    "three pictures": user_prompt(
+        *(picture(42, 5, 8), "a bird", picture(43, 9, 9), "a dog" + words(5), picture(44, 6, 6)),
+        "how many birds do you see?",
+    ),
+}
+
+
+@pytest.mark.parametrize("retention", [0.5, 0.1])
+@pytest.mark.parametrize("shape", PROMPTS)
+def test_logprobs_selection_and_budgets(
+    parallel_server: Server, oracle: Oracle, shape: str, retention: float
+) -> None:
+    prompt = PROMPTS[shape]
+    overrides = {"retention": retention, "return_selection": True}
+    answer = ask(parallel_server, prompt, overrides, max_new_tokens=20)
+    report = answer["meta_info"]["aircache"]
+    assert [len(heads) for heads in report["selection"]] == [2] * 4
+    assert len(set(report["layer_budgets"])) > 1, "this test needs uneven budgets"
+    assert any(first != second for first, second in report["selection"])
+    assert_policy_agrees(assert_agrees(oracle, prompt, answer), report)
+
+
+def test_a_prefix_hit(parallel_server: Server, oracle: Oracle) -> None:
+    parallel_server.flush_cache()
+    image = picture(45, 9, 9)
+    for question in ("what is on the left?", "how many flowers are there?" + words(9)):
+        prompt = user_prompt(image, question)
+        answer = ask(parallel_server, prompt, {"return_selection": True})
+        trace = assert_agrees(oracle, prompt, answer)
+        assert_policy_agrees(trace, answer["meta_info"]["aircache"])
+    assert answer["meta_info"]["cached_tokens"] == trace.instruction.start
+
+
+def test_retention_1_is_stock(stock_server: Server, parallel_server: Server) -> None:
+    prompts = [*PROMPTS.values(), user_prompt("what colour is the sea?")]
+    expected = [ask(stock_server, prompt) for prompt in prompts]
+    alone = [ask(parallel_server, prompt, {"retention": 1}) for prompt in prompts]
+    assert max_logprob_difference(expected, alone) < 1e-4
+
+
+def test_a_mixed_batch(parallel_server: Server, oracle: Oracle) -> None:
+    prompts = [*PROMPTS.values(), user_prompt("what colour is the sea?"), *PROMPTS.values()]
+    retentions = [0.2, 0.05, 1.0, 1.0, 0.3]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = threads.map(
+            lambda prompt, retention: ask(
+                parallel_server, prompt, {"retention": retention, "return_selection": True}
+            ),
+            prompts,
+            retentions,
+        )
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert_agrees(oracle, prompt, answer)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compressing server must answer, computed by Transformers in float32.
+
+The prompt is prefilled in full; the tokens that the server generated are then fed to the model
+under a mask that hides, in each layer and from each KV head, the visual cells that the server says
+it dropped. That mask is built from the answer alone; whether the policy would have kept the same
+cells is a check of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AttentionInterface, AutoProcessor, Qwen2VLForConditionalGeneration
+
+from aircache_sglang import policy
+from aircache_sglang.config import INSTRUCTION_LIMIT
+from tests.support.prompts import Prompt
+
+# Seen: 2e-5, compressed or not; 0.9 with one wrong cell in each layer and head.
+LOGPROB_TOLERANCE = 1e-4
+
+# selection[layer][kv_head]: ordinals of the kept visual tokens, counted over all pictures.
+Selection = Sequence[Sequence[Sequence[int]]]
+
+_ATTENTION = "visible_cells"
+
+
+@dataclasses.dataclass
+class _Forward:
+    """One forward: which cells each row may see, and what attention was given."""
+
+    visible: list[torch.Tensor]  # per layer bool [H_kv, S, S]
+    q: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_q, S, D]
+    k: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_kv, S, D]
+
+
+_current: _Forward | None = None
+
+
+@contextlib.contextmanager
+def _running(forward: _Forward) -> Iterator[None]:
+    global _current
+    _current = forward
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Softmax attention of one layer under its own mask; query [1, H_q, S, D], key [1, H_kv, S, D].
+
+    Transformers' mask is the same for all layers and heads and is not used.
+    """
+    assert _current is not None and query.shape[0] == 1
+    _current.q.append(query[0])
+    _current.k.append(key[0])
+    group = query.shape[1] // key.shape[1]
+    logits = query[0] @ key[0].repeat_interleave(group, dim=0).transpose(1, 2) * scaling
+    visible = _current.visible[module.layer_idx].repeat_interleave(group, dim=0)
+    weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    out = weights @ value[0].repeat_interleave(group, dim=0)
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The oracle's answer to one request.
+
+    logprobs: float32 [T, vocabulary], row i is the distribution that token i was drawn from.
+    q: [L, N, H_q, D] and k: [L, N, H_kv, D] of the prompt's N tokens, after RoPE.
+    visual: int64 [N_v], positions of the visual tokens.
+    """
+
+    logprobs: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    visual: torch.Tensor
+
+    @property
+    def instruction(self) -> slice:
+        """Positions of the text after the last visual token."""
+        return slice(int(self.visual[-1]) + 1, self.q.shape[1])
+
+
+class Oracle:
+    """A Qwen2-VL checkpoint in Transformers, float32."""
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.checkpoint = checkpoint
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = self._load({"text_config": _ATTENTION, "vision_config": "sdpa"})
+        self.text_config = self.model.config.get_text_config()
+
+    def _load(self, attention: str | dict[str, str]) -> Any:
+        return Qwen2VLForConditionalGeneration.from_pretrained(
+            self.checkpoint, dtype=torch.float32, attn_implementation=attention
+        ).eval()
+
+    def stock_model(self) -> Any:
+        """The model with Transformers' own attention, to test the oracle itself."""
+        return self._load("sdpa")
+
+    def encode(self, text: str, images: Sequence[Image.Image] = ()) -> Any:
+        """A prompt with one <|image_pad|> a picture as the model's inputs; input_ids [1, N]."""
+        return self.processor(text=[text], images=list(images) or None, return_tensors="pt")
+
+    def inputs(self, prompt: Prompt) -> Any:
+        """The model's inputs for a prompt, with `mm_token_type_ids` (0 is text)."""
+        return self.encode(prompt.text, prompt.images)
+
+    @torch.inference_mode()
+    def run(self, inputs: Any, tokens: Sequence[int], selection: Selection | None = None) -> Trace:
+        """Prefill ``inputs`` in full, then decode ``tokens`` with only the selection visible.
+
+        One forward stands for the prefill and all decode steps: the rows of the prompt see the
+        whole prompt before them, the rows of the generated tokens only what was kept of it.
+        ``selection`` None keeps every cell.
+        """
+        n_prompt, n_tokens = inputs["input_ids"].shape[1], len(tokens)
+        visual = (inputs["mm_token_type_ids"][0] != 0).nonzero().view(-1)
+        forward = _Forward(self._visible(n_prompt, n_tokens, visual, selection))
+        # The last token is never fed back.
+        fed = torch.tensor([list(tokens[:-1])], dtype=torch.long)
+        # What is left are the pictures, and the token types if the model asks for them.
+        ours = ("input_ids", "attention_mask", "mm_token_type_ids")
+        arguments = {key: value for key, value in inputs.items() if key not in ours}
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            types = inputs["mm_token_type_ids"]
+            arguments["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(fed)], dim=1)
+        with _running(forward):
+            output = self.model(
+                input_ids=torch.cat([inputs["input_ids"], fed], dim=1),
+                logits_to_keep=n_tokens,
+                use_cache=False,
+                **arguments,
+            )
+        assert len(forward.q) == self.text_config.num_hidden_layers
+        return Trace(
+            logprobs=output.logits[0].float().log_softmax(dim=-1),
+            q=torch.stack(forward.q)[:, :, :n_prompt].transpose(1, 2),
+            k=torch.stack(forward.k)[:, :, :n_prompt].transpose(1, 2),
+            visual=visual,
+        )
+
+    def _visible(
+        self, n_prompt: int, n_tokens: int, visual: torch.Tensor, selection: Selection | None
+    ) -> list[torch.Tensor]:
+        """Per layer, bool [H_kv, S, S]: causal, and no dropped cell for the generated tokens."""
+        layers, heads = self.text_config.num_hidden_layers, self.text_config.num_key_value_heads
+        total = n_prompt + n_tokens - 1
+        causal = torch.ones(total, total, dtype=torch.bool).tril()
+        if selection is None:
+            return [causal.expand(heads, -1, -1)] * layers
+        if len(selection) != layers or any(len(layer) != heads for layer in selection):
+            raise ValueError(
+                f"selection must have {layers} layers of {heads} KV heads, "
+                f"got {[len(layer) for layer in selection]}"
+            )
+        masks = []
+        for layer in selection:
+            visible = causal.repeat(heads, 1, 1)
+            for head, kept in enumerate(layer):
+                dropped = torch.ones(len(visual), dtype=torch.bool)
+                dropped[list(kept)] = False
+                visible[head, n_prompt:, visual[dropped]] = False
+            masks.append(visible)
+        return masks
+
+
+def logprob_error(trace: Trace, meta_info: dict[str, Any]) -> float:
+    """The largest difference between a server's logprobs and the oracle's.
+
+    Over the generated tokens and, where the answer holds them, the top logprobs of each step.
+    """
+    steps = meta_info["output_token_logprobs"]
+    if len(steps) != len(trace.logprobs):
+        raise ValueError(f"{len(steps)} steps of the server, {len(trace.logprobs)} of the oracle")
+    top = meta_info.get("output_top_logprobs") or [[]] * len(steps)
+    return max(
+        abs(value - float(row[token]))
+        for row, step, others in zip(trace.logprobs, steps, top, strict=True)
+        for value, token, _ in (step, *others)
+    )
+
+
+def assert_agrees(oracle: Oracle, prompt: Prompt, answer: Any, *, greedy: bool = True) -> Trace:
+    """Check a server's answer, compressed (with its selection) or not, at every step."""
+    meta_info, tokens = answer["meta_info"], answer["output_ids"]
+    inputs = oracle.inputs(prompt)
+    assert meta_info["prompt_tokens"] == inputs["input_ids"].shape[1]
+    report = meta_info["aircache"]
+    trace = oracle.run(inputs, tokens, None if report is None else report["selection"])
+    error = logprob_error(trace, meta_info)
+    assert error < LOGPROB_TOLERANCE, f"logprobs differ by {error:.2e}"
+    if greedy:
+        chosen = trace.logprobs[torch.arange(len(tokens)), torch.tensor(tokens)]
+        assert (chosen > trace.logprobs.amax(dim=1) - 2 * LOGPROB_TOLERANCE).all()
+    if report is not None:
+        assert report["visual_tokens"] == len(trace.visual)
+    return trace
+
+
+def assert_policy_agrees(
+    trace: Trace,
+    report: dict[str, Any],
+    *,
+    alpha: float = 0.9,
+    elite: str = "per-head",
+    window: int = INSTRUCTION_LIMIT,
+    budget: str = "aircache",
+) -> None:
+    """Check budgets and selection against the policy, given Transformers' own queries and keys.
+
+    Cells whose scores are within 0.1 % of the least kept one are ties: the two engines round
+    differently.
+    """
+    text = trace.instruction
+    scores = torch.stack(
+        [
+            policy.importance(
+                *(q[text], k[text], k[trace.visual]), alpha=alpha, elite=elite, window=window
+            )
+            for q, k in zip(trace.q, trace.k, strict=True)
+        ]
+    )
+    budgets = policy.layer_budgets(scores, report["retention"], budget=budget).tolist()
+    assert report["layer_budgets"] == budgets
+    assert report["instruction_tokens"] == min(window, text.stop - text.start)
+    for layer, kept_by_head in enumerate(report["selection"]):
+        for score, kept in zip(scores[layer], kept_by_head, strict=True):
+            assert kept == sorted(set(kept)) and len(kept) == budgets[layer]
+            least = score.topk(len(kept)).values[-1]
+            is_kept = torch.zeros(len(score), dtype=torch.bool)
+            is_kept[kept] = True
+            assert (score[is_kept] >= least * (1 - 1e-3)).all(), f"layer {layer}"
+            assert (score[~is_kept] <= least * (1 + 1e-3)).all(), f"layer {layer}"
