@@ -302,9 +302,8 @@ def test_the_console_draws_the_tree(server: Server) -> None:
     assert "(36 columns)" in drawn and f"pool {POOL} slots" in drawn
     # The subcommand in a process of its own, without SGLang.
     code = (
-        "import argparse, sys; from aircache_sglang import cache_view as v; "
-        "p = argparse.ArgumentParser(); v.add_subcommand(p.add_subparsers()); "
-        "a = p.parse_args(); code = a.run(a); assert 'sglang' not in sys.modules; sys.exit(code)"
+        "import sys; from aircache_sglang.cli import main; code = main(); "
+        "assert 'sglang' not in sys.modules; sys.exit(code)"
     )
     argv = [sys.executable, "-c", code, "cache", "--url", server.url, "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
