@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `aircache`; `aircache doctor` says whether this machine can serve with a policy.
+"""The command `aircache`: `doctor` says whether this machine can serve with a policy, `cache` draws
+the radix tree of a running server (cache_view.py).
 
 Nothing here imports SGLang or torch before a subcommand needs them, so that the doctor can speak
 where they are missing or broken.
@@ -21,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aircache_sglang import __version__
+from aircache_sglang import __version__, cache_view
 
 PACKAGES = ("sglang", "torch", "triton", "transformers")
 PLUGIN_ENTRY_POINT = ("sglang.srt.plugins", "aircache")
@@ -278,12 +279,18 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model-path", metavar="M", help="a checkpoint folder to check")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    cache_view.add_subcommand(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = parser().parse_known_args(argv)
-    return doctor(arguments, flags)
+    if arguments.command == "doctor":
+        return doctor(arguments, flags)
+    if flags:
+        parser().error(f"unrecognized arguments: {' '.join(flags)}")
+    code: int = arguments.run(arguments)
+    return code
 
 
 if __name__ == "__main__":

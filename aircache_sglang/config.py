@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Hashable
 from typing import Any
 
 # The paper never scores more than a prompt's instruction; contexts of agents can hold far more text
@@ -18,7 +19,9 @@ INSTRUCTION_LIMIT = 512
 
 BUDGET_MODES = ("aircache", "uniform", "strength", "skewness")
 ELITE_MODES = ("per-head", "shared")
+REUSE_MODES = ("exact", "compressed")
 REQUEST_KEY = "aircache"
+_SERVER_ONLY = ("pin_text",)
 
 _LAST_N = re.compile(r"last-([1-9][0-9]{0,2})")
 
@@ -69,6 +72,9 @@ class AirCacheConfig:
     window: the observation window (paper table 5): `elite`, `all` text tokens, or `last-N`.
     elite: `per-head` reference rows, or the head-mean row `shared` by all heads.
     min_visual_tokens: a request with fewer visual tokens is left alone.
+    reuse: what later requests may share: `exact` KV alone, or also the `compressed` replica that a
+        turn leaves for the next one.
+    pin_text: share of the KV pool above which cached text yields before visual KV (server only).
     return_selection: report the kept ordinals in `meta_info` (per request only).
     """
 
@@ -78,6 +84,8 @@ class AirCacheConfig:
     window: str = "elite"
     elite: str = "per-head"
     min_visual_tokens: int = 64
+    reuse: str = "exact"
+    pin_text: float = 0.5
     return_selection: bool = False
 
     def validated(self, prefix: str) -> AirCacheConfig:
@@ -93,6 +101,8 @@ class AirCacheConfig:
             window=_check_window(name("window"), self.window),
             elite=_check_choice(name("elite"), self.elite, ELITE_MODES),
             min_visual_tokens=_check_count(name("min_visual_tokens"), self.min_visual_tokens),
+            reuse=_check_choice(name("reuse"), self.reuse, REUSE_MODES),
+            pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
 
@@ -112,6 +122,8 @@ class AirCacheConfig:
             window=args.aircache_window,
             elite=args.aircache_elite,
             min_visual_tokens=args.aircache_min_visual_tokens,
+            reuse=args.aircache_reuse,
+            pin_text=args.aircache_pin_text,
         ).validated("--aircache-")
 
     def with_overrides(self, custom_params: Any) -> AirCacheConfig:
@@ -124,7 +136,7 @@ class AirCacheConfig:
         overrides = custom_params[REQUEST_KEY]
         if not isinstance(overrides, dict):
             raise ValueError(f'custom_params["{REQUEST_KEY}"] must be an object, got {overrides!r}')
-        known = [field.name for field in dataclasses.fields(self)]
+        known = [field.name for field in dataclasses.fields(self) if field.name not in _SERVER_ONLY]
         for key in overrides:
             if key not in known:
                 raise ValueError(
@@ -132,6 +144,10 @@ class AirCacheConfig:
                     f"known keys: {', '.join(known)}"
                 )
         return dataclasses.replace(self, **overrides).validated(f"{REQUEST_KEY}.")
+
+    def variant(self) -> tuple[Hashable, ...]:
+        """What two requests must have in common to share one compressed replica."""
+        return (self.retention, self.alpha, self.budget, self.window, self.elite)
 
     def scoring_window(self) -> tuple[int, float]:
         """(how many of the last instruction tokens are looked at, alpha that selects among them).

@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
+from aircache_sglang.runtime.extend import PackedExtend, attend_extend
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import StashWork
@@ -41,12 +42,24 @@ class AttentionState:
     stash_work: Sequence[StashWork] = ()
     # Of this forward's requests, None for the uncompressed; empty if all are.
     records: Sequence[CompressionRecord | None] = ()
+    # The requests of this prefill that extend a replica.
+    extends: Sequence[PackedExtend] = ()
 
     def stash(self, q: torch.Tensor, layer: Any) -> None:
         """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         for work in self.stash_work:
             work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
+
+    def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
+        index = layer.layer_id - self.pool.start_layer
+        for plan in self.extends:
+            results[plan.source] = attend_extend(
+                plan, heads[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling
+            )
 
     def decodes(self) -> bool:
         """Whether this decode step, or the graph that is being captured, has packed cells."""
@@ -82,7 +95,8 @@ class DecodeGraphVariants:
 def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
-    Prefill is stock, and so is the decode of a batch with nothing compressed in it.
+    Prefill is stock but for requests that extend a replica, and so is the decode of a batch with
+    nothing compressed in it.
     """
 
     class CompressingBackend(stock):
@@ -109,16 +123,18 @@ def compressing(stock: type) -> type:
                     return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
             elif state.stash_work:
                 state.stash(q, layer)
-            return super().forward(
+            out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
+            if state.extends:
+                state.extend(q, out, layer)
+            return out
 
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
-            """A prefill that is to be scored runs eagerly: no Python runs inside a graph."""
+            """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            return not self.aircache.stash_work and (
-                stock_rule is None or stock_rule(forward_batch)
-            )
+            eager = bool(self.aircache.stash_work or self.aircache.extends)
+            return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> SharedReadEnds:
             """Packed cells are found through the live row and table, in every layer."""

@@ -69,21 +69,21 @@ class Cells:
     def finish(
         self, record: CompressionRecord, budgets: torch.Tensor, selected: torch.Tensor
     ) -> None:
-        """Copy the text between pictures, lay out the row's gap, keep what will be reported.
+        """Lay out the row's gap, keep what will be reported; copy what a replica needs.
 
         budgets: integers [L]; selected: integers [H_local, L * m], on the device.
         """
         prompt = record.intent.prompt
-        if prompt.n_between:
-            positions = prompt.between_positions()
-            source = record.originals[positions.to(record.originals.device)]
-            self.k_all[:, record.copies] = self.k_all[:, source]
-            self.v_all[:, record.copies] = self.v_all[:, source]
+        between = record.originals[prompt.between_positions().to(record.originals.device)]
+        if record.intent.n_copies:
+            self.k_all[:, record.copies] = self.k_all[:, between]
+            self.v_all[:, record.copies] = self.v_all[:, between]
+            between = record.copies
         row, m = self.req_to_token[record.row], record.intent.columns
         gap_end = prompt.start + prompt.n_visual
         row[prompt.start : prompt.start + m] = record.columns
         row[prompt.start + m : gap_end] = 0
-        row[gap_end : prompt.end] = record.copies
+        row[gap_end : prompt.end] = between.to(row.dtype)
         record.budgets = budgets.to("cpu", non_blocking=True)
         if record.intent.config.return_selection:
             record.selected = self.heads.gather_heads(selected)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from aircache_sglang.policy import columns
 from aircache_sglang.runtime.attention import AttentionState, Decoder, adopt
 from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
+from aircache_sglang.runtime.extend import PackedExtend, plan_extend
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
-from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
-from aircache_sglang.runtime.spans import read_prompt
+from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
+from aircache_sglang.runtime.spans import bare_spans, read_prompt
 from aircache_sglang.runtime.stash import QueryStash, StashWork
 from aircache_sglang.runtime.table import CompressionTable
 
@@ -31,7 +33,7 @@ class Compressor:
     """Owns the records, the table and the policy of one model runner.
 
     Attributes that it sets on SGLang's requests: `aircache_intent` (the decision), `aircache_stash`
-    (queries while the prefill runs), `aircache_info` (the report).
+    (queries while the prefill runs), `aircache_info` (the report), `aircache_bare_spans`.
     """
 
     def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
@@ -129,6 +131,22 @@ class Compressor:
             return "pool_too_small"
         return intent
 
+    def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
+        """Placeholders that a key of the tree needs in place of the prompt's own tokens."""
+        known: list[tuple[int, list[int]]] | None = getattr(req, "aircache_bare_spans", None)
+        if known is None:
+            inputs = req.multimodal_inputs
+            known = []
+            if inputs is not None:
+                known = bare_spans(req.origin_input_ids, inputs.mm_items, MM_PAD_SHIFT_VALUE)
+            # SGLang drops the inputs of a finished request.
+            req.aircache_bare_spans = known
+        return known
+
+    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
+        """What a replica must have been packed with to be extended."""
+        return (self.policy_name, *intent.config.variant())
+
     def decline(self, req: Any, reason: str) -> None:
         """Serve this life of a request uncompressed after all."""
         self.metrics.left_alone(reason)
@@ -138,8 +156,11 @@ class Compressor:
         """Slots that admission must hold back for the columns if this extend ends the prefill."""
         intent = self.intent(req)
         total = len(req.full_untruncated_fill_ids)
-        if intent is None or (
-            extend_input_len is not None and req.prefix_len + extend_input_len < total
+        extends = req.last_node is not None and req.last_node.replica is not None
+        if (
+            intent is None
+            or extends
+            or (extend_input_len is not None and req.prefix_len + extend_input_len < total)
         ):
             return 0
         return intent.n_extra
@@ -147,6 +168,14 @@ class Compressor:
     def allocate_columns(self, batch: Any) -> None:
         """Open a record, and allocate its slots, for each prefill that ends in this batch."""
         for req in batch.reqs:
+            row, replica = req.kv.req_pool_idx, req.last_node.replica
+            # Once for each life of a request: its first chunk.
+            if req.extend_batch_idx == 1 and req.prefix_len:
+                self.metrics.hit(req.prefix_len, compressed=replica is not None)
+            if replica is not None:
+                if row not in self.records:
+                    self._extend_replica(req, replica.content)
+                continue
             intent = self.intent(req)
             if intent is None or req.extend_end < len(req.full_untruncated_fill_ids):
                 continue
@@ -156,14 +185,33 @@ class Compressor:
             if extra is None:
                 self.decline(req, "no_free_slots")
                 continue
-            row = req.kv.req_pool_idx
             assert row not in self.records, f"row {row} is still compressed"
             self.records[row] = CompressionRecord(
                 intent=intent,
                 row=row,
                 originals=self.req_to_token[row, : intent.prompt.end].to(torch.int64, copy=True),
                 extra=extra.to(torch.int64),
+                exact_tail=len(req.full_untruncated_fill_ids) > intent.prompt.length,
             )
+
+    def _extend_replica(self, req: Any, replica: Replica) -> None:
+        """Open a record of a request whose prefix runs through a replica that the tree owns."""
+        own = self.intent(req)
+        assert own is not None, "a replica was matched for a request that is not compressed"
+        intent = dataclasses.replace(replica.intent, config=own.config)
+        record = CompressionRecord(
+            intent=intent,
+            row=req.kv.req_pool_idx,
+            originals=replica.slots[:0],
+            extra=replica.slots[: intent.n_extra],
+            stage=Stage.RELEASED,
+            shared=True,
+            reused=True,
+            budgets=replica.budgets,
+            selected=replica.selected if own.config.return_selection else None,
+        )
+        self.records[record.row] = record
+        req.aircache_info = record.report(self.policy_name)
 
     def run_forward(self, batch: Any, forward: Callable[[], Any]) -> Any:
         """Run one forward; around a prefill, stash queries and then compress what it ended."""
@@ -175,13 +223,40 @@ class Compressor:
             return forward()
         self.attention.records = ()
         self.table.clear(batch.req_pool_indices)
+        self.attention.extends = self._extends(batch)
         self.attention.stash_work = self._stash_work(batch)
         try:
             result = forward()
         finally:
-            self.attention.stash_work = ()
+            self.attention.stash_work = self.attention.extends = ()
         self._compress(batch.reqs)
         return result
+
+    def _extends(self, batch: Any) -> list[PackedExtend]:
+        """Enter the requests that extend a replica in the table, and plan their attention."""
+        extends: list[PackedExtend] = []
+        first_row = 0
+        for req, prefix_len, extend_len in zip(
+            batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
+        ):
+            record = self.records.get(req.kv.req_pool_idx)
+            if record is not None and record.reused:
+                assert record.budgets is not None, "a replica has its budgets"
+                prompt, row = record.intent.prompt, self.req_to_token[record.row]
+                self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
+                extends.append(
+                    plan_extend(
+                        record,
+                        row,
+                        prefix_len,
+                        prefix_len + extend_len,
+                        first_row,
+                        self.pool.layer_num,
+                        self.pool.rows,
+                    )
+                )
+            first_row += extend_len
+        return extends
 
     def _stash_work(self, batch: Any) -> list[StashWork]:
         works: list[StashWork] = []
@@ -190,7 +265,8 @@ class Compressor:
             batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
         ):
             intent = self.intent(req)
-            if intent is not None:
+            # What extends a replica is not scored.
+            if intent is not None and req.last_node.replica is None:
                 stash = getattr(req, "aircache_stash", None)
                 if stash is None:
                     stash = req.aircache_stash = QueryStash(intent.prompt.instruction)
@@ -217,14 +293,14 @@ class Compressor:
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The prefill's result is known and the visual slots are given back: report."""
         req.aircache_info = record.report(self.policy_name)
-        record.selected = None
+        record.selected = None  # kept by the replica, if there is one
         self.metrics.compressed(record)
 
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed; a retracted one starts anew."""
         req.aircache_intent = req.aircache_stash = None
         record = self.records.pop(req.kv.req_pool_idx, None)
-        if record is not None and record.stage is Stage.RELEASED:
+        if record is not None and record.stage is Stage.RELEASED and not record.reused:
             self.metrics.finished(record)
         return record
 

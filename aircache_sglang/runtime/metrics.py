@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 from aircache_sglang.runtime.record import CompressionRecord
@@ -16,6 +17,8 @@ class Metrics:
 
     def __init__(self, labels: dict[str, str] | None) -> None:
         self._labels = labels
+        # What the tree's dump reports, with SGLang's metrics or without (cache_view.py).
+        self.totals: collections.Counter[str] = collections.Counter()
         if labels is None:
             return
         # Imported after SGLang has set PROMETHEUS_MULTIPROC_DIR, as its own collectors are.
@@ -38,6 +41,19 @@ class Metrics:
         )
         self._seconds = Counter(
             "sglang:aircache_seconds", "Host seconds spent in compression passes", names
+        )
+        self._hits = Counter(
+            "sglang:aircache_hit_tokens",
+            "Prompt tokens found in the radix tree, in exact KV or through a compressed replica",
+            [*names, "reuse"],
+        )
+        self._refilled = Counter(
+            "sglang:aircache_refilled_slots", "Slots of visual KV put back into the tree", names
+        )
+        self._evicted = Counter(
+            "sglang:aircache_evicted_slots",
+            "Slots evicted from the radix tree, by what they held",
+            [*names, "kind"],
         )
         self._columns = Gauge(
             "sglang:aircache_columns_held",
@@ -82,6 +98,25 @@ class Metrics:
         """A request with visual tokens is served uncompressed."""
         if self._labels is not None:
             self._left_alone.labels(**self._labels, reason=reason).inc()
+
+    def hit(self, tokens: int, *, compressed: bool) -> None:
+        """A request was admitted with this many tokens of its prompt in the tree."""
+        reuse = "compressed" if compressed else "exact"
+        self.totals[f"hit_tokens_{reuse}"] += tokens
+        if self._labels is not None:
+            self._hits.labels(**self._labels, reuse=reuse).inc(tokens)
+
+    def refilled(self, slots: int) -> None:
+        """A tombstone of the tree has got slots again."""
+        self.totals["refilled_slots"] += slots
+        if self._labels is not None:
+            self._of(self._refilled).inc(slots)
+
+    def evicted(self, kind: str, slots: int) -> None:
+        """A node of the tree has lost its slots."""
+        self.totals[f"evicted_slots_{kind}"] += slots
+        if self._labels is not None:
+            self._evicted.labels(**self._labels, kind=kind).inc(slots)
 
     def _of(self, metric: Any) -> Any:
         return metric.labels(**(self._labels or {}))

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The radix cache of a compressing server, stage 1: shared text stays, visual spans go first.
+"""The radix cache of a compressing server: what requests publish, hold and extend.
 
-Exact KV alone enters the tree. A compressed request publishes the head of its prompt, which it
-holds locked, and below it the visual span as an unlocked leaf: full KV, a hit for the next question
-on the same picture while memory lasts, and the first to be evicted. The instruction stays private,
-as its queries are needed anew each time, and so does what is generated, which is not exact.
+Exact KV is shared as in stock SGLang. A compressed request publishes its whole prompt, computed
+beside the full picture, and from then on holds the text of it alone. What it generates is not
+exact and stays private. With compressed sharing it publishes its prompt up to the last picture, and
+hands its columns and its instruction to the tree as a replica, which it holds; what it generates
+goes below the replica when it is finished, and the next turn extends both.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from array import array
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
+from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
+from aircache_sglang.runtime.tree import Node, Observer, Published, SpanTree
 
 BACKEND_NAME = "aircache"
-VISUAL, TEXT = 0, 1
 
 
 class Requests(Protocol):
@@ -32,6 +33,12 @@ class Requests(Protocol):
     def intent(self, req: Any) -> Intent | None:
         """How the request will be, or was, compressed; None for the others."""
 
+    def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
+        """Placeholders that a key needs in place of the prompt's own tokens, by position."""
+
+    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
+        """What a replica must have been packed with to be extended."""
+
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The visual slots of a compressed request have been given back."""
 
@@ -39,115 +46,195 @@ class Requests(Protocol):
         """Drop the state of a request whose row is being freed."""
 
 
-class VisualFirst:
-    """Eviction order: visual nodes before text, and SGLang's own strategy within each kind."""
+class AirCacheRadixCache(SpanTree):
+    """The tree, as SGLang's scheduler uses it."""
 
-    def __init__(self, strategy: Any) -> None:
-        self._strategy = strategy
-
-    def get_priority(self, node: TreeNode) -> tuple[int, Any]:
-        return node_kind(node), self._strategy.get_priority(node)
-
-
-def node_kind(node: TreeNode) -> int:
-    """VISUAL if a token of the node is a multimodal placeholder; kept on the node once known."""
-    kind: int | None = getattr(node, "aircache_kind", None)
-    if kind is None:
-        ids = node.key.raw_token_ids()
-        kind = VISUAL if len(ids) and max(ids) >= MM_PAD_SHIFT_VALUE else TEXT
-        node.aircache_kind = kind
-    return kind
-
-
-class AirCacheRadixCache(RadixCache):
-    """SGLang's Python radix cache (mem_cache/radix_cache.py) that knows compressed requests."""
-
-    def __init__(self, params: CacheInitParams, requests: Requests) -> None:
-        super().__init__(params)
+    def __init__(
+        self, params: CacheInitParams, requests: Requests, text_share: float, observer: Observer
+    ) -> None:
+        super().__init__(params, text_share, observer)
         self.requests = requests
-        self.eviction_strategy: Any = VisualFirst(self.eviction_strategy)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """Stop a hit before the instruction of a request that is to be compressed.
-
-        A matched token is not computed again, so its query would be lost; the instruction is scored
-        anew in every request.
-        """
-        intent = self.requests.intent(params.req) if params.req is not None else None
-        if intent is not None and len(params.key) > intent.prompt.end:
-            key = RadixKey(
-                params.key.token_ids,
-                params.key.extra_key,
-                is_bigram=params.key.is_bigram,
-                limit=intent.prompt.end,
-                cache_salt=params.key.cache_salt,
+        """Extend a replica if there is one, or else run through full KV up to the instruction."""
+        if params.req is None or self.disable:
+            return super().match_prefix(params)
+        key, intent = self._padded(params.req, params.key), self.requests.intent(params.req)
+        if intent is None:
+            return super().match_prefix(MatchPrefixParams(key=key))
+        prompt = intent.prompt
+        if intent.reuses:
+            found = self.match_packed(
+                key,
+                prompt.start,
+                self.requests.variant(intent),
+                prompt.end,
+                with_selection=intent.config.return_selection,
             )
-            params = dataclasses.replace(params, key=key)
-        return super().match_prefix(params)
+            if found is not None:
+                return found
+        limited = RadixKey(
+            key.token_ids,
+            key.extra_key,
+            is_bigram=key.is_bigram,
+            limit=min(len(key), intent.match_limit),
+            cache_salt=key.cache_salt,
+        )
+        return super().match_prefix(MatchPrefixParams(key=limited))
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:
         """Publish what may be shared of a running or finished request."""
         record = self.requests.records.get(req.kv.req_pool_idx)
-        if record is not None:
-            if record.stage is Stage.PREFILLED:
-                self._release_visual(req, record)
+        if record is not None and record.stage is Stage.PREFILLED:
+            if self.disable:
+                self._free_visual(req, record)
+            elif record.intent.reuses:
+                self._publish_replica(req, record)
+            else:
+                self._publish_prompt(req, record)
+            record.stage = Stage.RELEASED
+            self.requests.released(req, record)
+        if self.disable:
             return
-        intent = self.requests.intent(req)
-        if intent is None:
-            super().checkpoint(req, up_to=up_to)
-            return
-        # A chunk of a prefill that will be compressed: the instruction never enters the tree.
-        end = min(up_to, intent.prompt.end)
-        super().checkpoint(req, up_to=end)
-        if not self.disable:
-            self._split_at(req, min(end, intent.prompt.start))
+        replica = req.last_node.replica
+        if replica is not None:
+            if record is None or not record.exact_tail:
+                self._publish(req, up_to, below=replica)
+        elif record is None:
+            intent = self.requests.intent(req)
+            if intent is not None:
+                # A chunk of a prefill that will be compressed.
+                last = intent.prompt.end if intent.reuses else intent.prompt.length
+                up_to = min(up_to, last)
+            self._publish(req, up_to)
 
-    def _split_at(self, req: Any, length: int) -> None:
-        """Put a node boundary at `length` tokens of a published prompt."""
-        if length:
-            key = self._key(req, length)
-            values = torch.empty(length, dtype=torch.int64, device=self.device)
-            self.insert(InsertParams(key=key, value=values, inserted_len=length))
+    def _publish(self, req: Any, up_to: int, below: Node | None = None) -> None:
+        """Insert [0, up_to) of a request's row, point the row at the tree's slots and hold them."""
+        kv = req.kv
+        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        node = self._insert(req, row[:up_to].to(torch.int64, copy=True), below).node
+        self._repoint(kv, self.path_device_indices(node), [(kv.cache_protected_len, up_to)])
+        self._hold(req, node, up_to, text_only=False)
+
+    def _insert(self, req: Any, slots: torch.Tensor, below: Node | None = None) -> Published:
+        """Publish the first tokens of a request in `slots`, and free those that were duplicates."""
+        length = len(slots)
+        offset = 0
+        if below is not None:
+            assert below.content is not None
+            offset = below.content.intent.prompt.length
+        done = self.publish(
+            self._key(req, length),
+            slots,
+            prompt_len=len(req.origin_input_ids),
+            priority=req.priority or 0,
+            inserted_len=req.kv.cache_inserted_len,
+            below=below,
+            offset=offset,
+        )
+        req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, length)
+        for start, end in done.duplicates:
+            self.token_to_kv_pool_allocator.free(
+                slots[max(start, req.kv.cache_protected_len) : end]
+            )
+        return done
+
+    def _publish_prompt(self, req: Any, record: CompressionRecord) -> None:
+        """Give the exact prompt to the tree and hold its text; the picture may yield."""
+        kv, prompt = req.kv, record.intent.prompt
+        node = self._insert(req, self._prompt_slots(req, record, prompt.length)).node
+        path = self.path_device_indices(node)
+        start = min(kv.cache_protected_len, prompt.start)
+        self._repoint(kv, path, [(start, prompt.start)])
+        # Behind the gap stand the text between pictures, in order, and the instruction.
+        between = path[prompt.between_positions().to(path.device)]
+        row = torch.cat([between, path[prompt.end :]]).to(torch.int32)
+        self.req_to_token_pool.write(
+            (kv.req_pool_idx, slice(prompt.end - prompt.n_between, prompt.length)), row
+        )
+        self._hold(req, node, prompt.length, text_only=True)
+
+    def _publish_replica(self, req: Any, record: CompressionRecord) -> None:
+        """Give the exact prompt up to the instruction to the tree, and columns and instruction.
+
+        If there is such a replica already, ours stays private.
+        """
+        kv, prompt = req.kv, record.intent.prompt
+        exact = self._insert(req, self._prompt_slots(req, record, prompt.end)).node
+        head, length = self._follow(self.root_node, self._key(req, prompt.start), 0)
+        assert length == prompt.start, "the head was just inserted"
+        start = min(kv.cache_protected_len, prompt.start)
+        self._repoint(kv, self.path_device_indices(head), [(start, prompt.start)])
+        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        assert record.budgets is not None, "a replica of a request whose pass has not run"
+        replica = Replica(
+            self.requests.variant(record.intent),
+            record.intent,
+            torch.cat([record.extra, row[prompt.end : prompt.length].to(torch.int64)]),
+            record.budgets,
+            record.selected,
+        )
+        node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
+        if node is None:
+            record.released = prompt.end - prompt.start
+            self._hold(req, head, prompt.start, text_only=False)
+        else:
+            record.shared = True
+            self.mark_spare(exact)
+            self._hold(req, node, prompt.length, text_only=False)
+
+    def _free_visual(self, req: Any, record: CompressionRecord) -> None:
+        """Without a tree: give the visual slots back, and all that was copied."""
+        prompt = record.intent.prompt
+        positions = prompt.visual_positions()
+        if record.intent.n_copies:
+            positions = torch.arange(prompt.start, prompt.end)
+        self.token_to_kv_pool_allocator.free(
+            record.originals[positions.to(record.originals.device)]
+        )
+        record.released = len(positions)
+
+    def _prompt_slots(self, req: Any, record: CompressionRecord, length: int) -> torch.Tensor:
+        """The slots of the first tokens of a packed request's prompt, int64 [length]."""
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        tail = row[record.intent.prompt.end : length].to(torch.int64)
+        return torch.cat([record.originals, tail])
 
     def _key(self, req: Any, length: int) -> RadixKey:
         ids = req.full_untruncated_fill_ids[:length]
-        return RadixKey(ids, req.extra_key, cache_salt=req.cache_salt)
+        return self._padded(req, RadixKey(ids, req.extra_key, cache_salt=req.cache_salt))
 
-    def _release_visual(self, req: Any, record: CompressionRecord) -> None:
-        """Give the visual slots back: to the tree as an unlocked leaf, or else to the pool."""
-        prompt, kv = record.intent.prompt, req.kv
-        if self.disable:
-            self.token_to_kv_pool_allocator.free(record.originals[prompt.start :])
-        else:
-            protected = kv.cache_protected_len
-            result = self.insert(
-                InsertParams(
-                    key=self._key(req, prompt.end),
-                    value=record.originals,
-                    inserted_len=kv.cache_inserted_len,
-                    priority=req.priority or 0,
-                )
-            )
-            kv.cache_inserted_len = max(kv.cache_inserted_len, prompt.end)
-            # Another request published the same tokens first: its slots stay, ours are spare.
-            self.token_to_kv_pool_allocator.free(record.originals[protected : result.prefix_len])
-            self._split_at(req, prompt.start)
-            head = self.root_node
-            if prompt.start:
-                match = super().match_prefix(MatchPrefixParams(key=self._key(req, prompt.start)))
-                head = match.last_device_node
-                assert match.device_prefix_len == prompt.start, "the head was just inserted"
-            if protected < prompt.start:
+    def _padded(self, req: Any, key: RadixKey) -> RadixKey:
+        """A key in which the tokens of every picture are its own."""
+        spans = self.requests.bare_spans(req)
+        if not spans:
+            return key
+        ids = key.token_ids[:]
+        for start, placeholders in spans:
+            if start < len(ids):
+                end = min(start + len(placeholders), len(ids))
+                ids[start:end] = array("q", placeholders[: end - start])
+        return RadixKey(
+            ids,
+            key.extra_key,
+            is_bigram=key.is_bigram,
+            limit=key.limit,
+            cache_salt=key.cache_salt,
+        )
+
+    def _repoint(self, kv: Any, path: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
+        for start, end in ranges:
+            if start < end:
                 self.req_to_token_pool.write(
-                    (kv.req_pool_idx, slice(protected, prompt.start)),
-                    self.path_device_indices(head)[protected:],
+                    (kv.req_pool_idx, slice(start, end)), path[start:end].to(torch.int32)
                 )
-            kv.cache_protected_len = prompt.start
-            lock = self.lock(head)
-            self.unlock(req.lock)
-            req.lock, req.last_node = lock, head
-        record.stage = Stage.RELEASED
-        self.requests.released(req, record)
+
+    def _hold(self, req: Any, node: Node, length: int, *, text_only: bool) -> None:
+        """Exchange the request's lock for one on `node`; the tree owns [0, length) of its row."""
+        lock = self.lock_text(node) if text_only else self.lock(node)
+        self.unlock(req.lock)
+        req.lock, req.last_node = lock, node
+        req.kv.cache_protected_len = length
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
         """Free row ranges, without what the compression has already given back."""
@@ -157,19 +244,16 @@ class AirCacheRadixCache(RadixCache):
             return
         prompt = record.intent.prompt
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        # Below `own_end` the request still owns its original slots; the row there is rewritten.
-        own_end = prompt.start if record.stage is Stage.RELEASED else prompt.end
+        own_end, text_from = prompt.end, prompt.end
+        if record.stage is Stage.RELEASED:
+            own_end, text_from = prompt.start, record.text_from
         for start, end in ranges:
+            # The row is rewritten from `start` of the gap on; before that both name one slot.
             self.token_to_kv_pool_allocator.free(record.originals[start : min(end, own_end)])
-            self.token_to_kv_pool_allocator.free(row[max(start, prompt.end) : end])
+            self.token_to_kv_pool_allocator.free(row[max(start, text_from) : end])
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         record = self.requests.forget(req)
-        if record is not None:
+        if record is not None and not record.shared:
             self.token_to_kv_pool_allocator.free(record.extra)
-
-    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
-        upper: TreeNode = super()._split_node(key, child, split_len)
-        child.aircache_kind = None
-        return upper

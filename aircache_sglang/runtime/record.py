@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,16 +26,62 @@ class Intent:
     columns: int
 
     @property
+    def reuses(self) -> bool:
+        """Whether the request extends, and leaves, compressed replicas."""
+        return self.config.reuse == "compressed"
+
+    @property
+    def n_copies(self) -> int:
+        """Copies of the text between pictures: a replica outlives the exact text it stood in."""
+        return self.prompt.n_between if self.reuses else 0
+
+    @property
     def n_extra(self) -> int:
-        """Slots to allocate: the columns, and private copies of the text between pictures."""
-        return self.columns + self.prompt.n_between
+        """Slots to allocate for the columns and the copies."""
+        return self.columns + self.n_copies
+
+    @property
+    def match_limit(self) -> int:
+        """Tokens of the prompt that may be a hit in exact KV; the rest is computed anew.
+
+        The instruction is scored in every request and needs its queries; a replica also owns all
+        the text that follows the visual region.
+        """
+        return self.prompt.end if self.reuses else self.prompt.instruction[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replica:
+    """A compressed visual region and the instruction that it was scored with, in the radix tree.
+
+    variant: what was asked for, so that replicas of one picture live side by side.
+    slots: int64, owned by the tree: columns, copies of the text between pictures, then the text
+        from `prompt.end` to `prompt.length`.
+    budgets, selected: of the record that packed it; `selected` only if that request asked for it.
+    """
+
+    variant: tuple[Hashable, ...]
+    intent: Intent
+    slots: torch.Tensor
+    budgets: torch.Tensor
+    selected: torch.Tensor | None
+
+    def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """The entries [prompt.start, prompt.length) of a row that extends this replica.
+
+        As after the pass (compress.py, write_gap): columns, the padding slot, then text.
+        """
+        m = self.intent.columns
+        padding = slots.new_zeros(self.intent.prompt.n_visual - m)
+        return torch.cat([slots[:m], padding, slots[m:]])
 
 
 class Stage(enum.Enum):
-    """Who owns the request's original slots below `prompt.end`.
+    """Who owns the request's original slots.
 
-    PREFILLED: the request, as in stock SGLang. RELEASED: the head [0, start) belongs to the tree
-    (or to the request, without a tree), all between start and end to the tree or the free pool.
+    PREFILLED: the request, as in stock SGLang. RELEASED: with a tree, the exact prompt, as far as
+    it is published, belongs to the tree; without one the visual slots are free and the text is the
+    request's.
     """
 
     PREFILLED = enum.auto()
@@ -46,9 +93,14 @@ class CompressionRecord:
     """State from the allocation of the columns to the release of the row.
 
     row: the request's index in `req_to_token`.
-    originals: int64 [prompt.end], the slots in which the prefill wrote, or found, the prompt.
-    extra: int64 [n_extra], owned by the request until its row is released: first the columns, then
-        the copies of the text between pictures.
+    originals: int64 [prompt.end], the slots in which the prefill wrote, or found, the prompt;
+        empty if a replica was extended.
+    extra: int64 [n_extra], first the columns, then the copies of the text between pictures. Owned
+        by the request until its row is released, or by the tree if `shared`.
+    released: row entries from `cache_protected_len` on whose slots the request no longer owns.
+    reused: the columns are those of a replica that an earlier turn left.
+    exact_tail: text beyond the prompt was computed beside the full picture (a retracted request),
+        and fits neither namespace.
     budgets: integers [L] on the host, set by the pass.
     selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
         of all tensor-parallel ranks; only if the request wants its selection reported.
@@ -59,6 +111,10 @@ class CompressionRecord:
     originals: torch.Tensor
     extra: torch.Tensor
     stage: Stage = Stage.PREFILLED
+    shared: bool = False
+    reused: bool = False
+    exact_tail: bool = False
+    released: int = 0
     budgets: torch.Tensor | None = None
     selected: torch.Tensor | None = None
     seconds: float = 0.0
@@ -77,9 +133,16 @@ class CompressionRecord:
 
     def private_tokens(self, stock: int) -> int:
         """Slots this request owns outside the tree, given what stock SGLang would count."""
+        return stock - self.released + (0 if self.shared else self.extra.numel())
+
+    @property
+    def text_from(self) -> int:
+        """First row entry past the gap that holds text of the request's own or of the tree.
+
+        Without copies the text between pictures stays in its original slots.
+        """
         prompt = self.intent.prompt
-        released = prompt.end - prompt.start if self.stage is Stage.RELEASED else 0
-        return stock - released + self.extra.numel()
+        return prompt.end if self.intent.n_copies else prompt.start + prompt.n_visual
 
     def report(self, policy: str) -> dict[str, Any]:
         """The request's `meta_info["aircache"]`. Waits for the device if the pass still runs."""
@@ -95,6 +158,7 @@ class CompressionRecord:
             "slots_freed": prompt.n_visual - self.intent.columns,
             "layer_budgets": budgets,
             "instruction_tokens": min(hi - lo, config.scoring_window()[0]),
+            "reused": self.reused,
         }
         if self.selected is not None:
             info["selection"] = [

@@ -95,6 +95,23 @@ def placeholder_runs(input_ids: Sequence[int], pad_floor: int) -> list[tuple[int
     return spans
 
 
+def bare_spans(
+    input_ids: Sequence[int], mm_items: Sequence[Any], pad_floor: int
+) -> list[tuple[int, list[int]]]:
+    """(start, placeholders) of items that SGLang's Transformers fallback leaves unpadded.
+
+    Their tokens in the prompt are the same for every picture (models/transformers.py,
+    pad_input_ids); the placeholders are drawn from the picture's hash, as in other models.
+    """
+    return [
+        (int(start), list(item.padding_sequence(int(end) + 1 - int(start))))
+        for item in mm_items
+        if item.pad_value is not None
+        for start, end in item.offsets or ()
+        if int(start) < len(input_ids) and input_ids[int(start)] < pad_floor
+    ]
+
+
 def read_prompt(
     input_ids: Sequence[int],
     mm_items: Sequence[Any],

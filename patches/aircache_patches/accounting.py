@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's leak check while busy."""
+"""SGLang's leak check while busy, and what it reports of itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aircache_patches import process
+from aircache_sglang.config import REQUEST_KEY
 
 
 def kv_private_tokens(original: Callable[..., int], kv: Any, page_size: int) -> int:
@@ -14,3 +15,10 @@ def kv_private_tokens(original: Callable[..., int], kv: Any, page_size: int) -> 
     stock = original(kv, page_size)
     record = process.compressor().records.get(kv.req_pool_idx)
     return stock if record is None else record.private_tokens(stock)
+
+
+def get_internal_state(result: Any, controller: Any, recv_req: Any) -> None:
+    """AFTER SchedulerInternalStateController.get_internal_state: the tree, for `aircache cache`."""
+    dump = controller.scheduler.tree_cache.describe()
+    dump["totals"] = dict(process.compressor().metrics.totals)
+    result.internal_state[REQUEST_KEY] = dump

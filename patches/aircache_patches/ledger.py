@@ -79,6 +79,12 @@ def hooks() -> list[Hook]:
             requests.update_request_meta_info,
             around,
         ),
+        Hook(
+            srt + "managers.scheduler_components.internal_state"
+            ".SchedulerInternalStateController.get_internal_state",
+            accounting.get_internal_state,
+            after,
+        ),
     ]
 
 

@@ -43,4 +43,7 @@ def _make_radix_cache(context: Any) -> Any:
     from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
 
     context.params.disable = context.disable_radix_cache
-    return AirCacheRadixCache(context.params, process.compressor())
+    compressor = process.compressor()
+    return AirCacheRadixCache(
+        context.params, compressor, compressor.config.pin_text, compressor.metrics
+    )

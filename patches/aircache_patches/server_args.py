@@ -10,7 +10,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
 
 from aircache_patches import install
-from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, AirCacheConfig
+from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, REUSE_MODES, AirCacheConfig
 from aircache_sglang.policy import policy_names
 
 TARGET = "sglang.srt.server_args.ServerArgs"
@@ -65,6 +65,20 @@ class AirCacheServerArgs(ServerArgs):
         "A request with fewer visual tokens is left alone.",
         NS("memory"),
     ] = _DEFAULT.min_visual_tokens
+    aircache_reuse: A[
+        str,
+        Arg(
+            help="What later requests may share: 'exact' KV alone, or also the 'compressed' "
+            "replica of the pictures that a turn leaves for the next turn.",
+            choices=list(REUSE_MODES),
+        ),
+        NS("memory"),
+    ] = _DEFAULT.reuse
+    aircache_pin_text: A[
+        float,
+        "Share of the KV pool above which cached text yields before visual KV, 0 <= SHARE <= 1.",
+        NS("memory"),
+    ] = _DEFAULT.pin_text
 
     aircache_decode: A[
         str,

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`aircache cache`: the radix tree of a running server, drawn on a terminal or as JSON.
+
+Reads `internal_states[i]["aircache"]` of SGLang's GET /server_info; docs/radix-cache.md lists the
+fields. Needs neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+TIMEOUT = 30.0
+
+
+def add_subcommand(subparsers: Any) -> None:
+    """Add `cache` to an argparse sub-command list; its `run` default takes the parsed arguments."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "cache", help="draw the radix tree of a running server"
+    )
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)"
+    )
+    parser.add_argument("--api-key", help="the server's --api-key")
+    parser.add_argument("--json", action="store_true", help="print the dump as it is")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tree of each data-parallel rank; returns the exit code."""
+    try:
+        dumps = fetch(args.url, api_key=args.api_key)
+    except ValueError as error:
+        print(f"aircache cache: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(dumps, indent=2) if args.json else "\n\n".join(draw(dump) for dump in dumps))
+    return 0
+
+
+def fetch(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
+    """The dump of each data-parallel rank. Raises ValueError that says what is wrong with `url`."""
+    target = url.rstrip("/") + "/server_info"
+    if not target.startswith(("http://", "https://")):
+        raise ValueError(f"--url must begin with http:// or https://, got {url!r}")
+    request = urllib.request.Request(target)
+    if api_key is not None:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            info = json.load(response)
+    except (OSError, urllib.error.URLError, json.JSONDecodeError) as error:
+        raise ValueError(f"no answer from {target}: {error}") from error
+    states = info.get("internal_states") if isinstance(info, dict) else None
+    dumps = [state["aircache"] for state in states or () if "aircache" in state]
+    if not dumps:
+        raise ValueError(f"{url} runs without --kv-policy aircache")
+    return dumps
+
+
+def draw(dump: dict[str, Any]) -> str:
+    """One rank's tree as indented lines under a summary."""
+    pool, totals = dump["pool"], dump["totals"]
+    lines = [
+        f"pool {pool['size']} slots: {pool['free']} free, {pool['evictable']} evictable, "
+        f"{pool['protected']} held, {pool['private']} with requests; "
+        f"unlocked text {pool['unlocked_text']} of at most {pool['text_bound']}"
+    ]
+    if totals:
+        lines.append(", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
+    for node in dump["nodes"]:
+        what = "tombstone" if node["tombstone"] else f"{node['slots']} slots"
+        if node["columns"]:
+            what += f" ({node['columns']} columns)"
+        held = f", held {node['locks']}x" if node["locks"] else ""
+        name = f" {node['name']}" if node["name"] else ""
+        lines.append(
+            f"{'  ' * node['depth']}- {node['kind']}{name}: {node['tokens']} tokens, {what}{held}, "
+            f"used {node['idle_seconds']:.0f} s ago"
+        )
+    if dump["nodes_left_out"]:
+        lines.append(f"... {dump['nodes_left_out']} nodes more")
+    return "\n".join(lines)

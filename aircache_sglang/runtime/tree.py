@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A radix tree whose nodes know what they hold: text, visual KV, or a packed replica.
+
+Inserts are cut where the kind of token changes, so that a node is of one kind, and stays so when it
+is split. A visual node may be evicted from the middle of the tree: it becomes a tombstone, without
+slots but with its children, until the next prefill of the same picture refills it. A match runs
+through full KV and stops at a tombstone. Packed replicas hang below the text they follow under a
+key of their own, out of reach of a match by tokens.
+
+Nothing here knows requests; that is radix_cache.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import heapq
+import sys
+import time
+from collections.abc import Hashable, Iterator
+from typing import Any, Protocol
+
+import torch
+from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    DecLockRefResult,
+    EvictParams,
+    EvictResult,
+    IncLockRefResult,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from aircache_sglang.runtime.record import Replica
+
+
+class Kind(enum.Enum):
+    """What a node holds.
+
+    VISUAL: full KV of multimodal placeholders. PROMPT, GENERATED: text that some prompt held, or
+    that only a model has said. PACKED: a compressed replica of a visual region and the instruction
+    that it was scored with.
+    """
+
+    VISUAL = "visual"
+    PROMPT = "prompt"
+    GENERATED = "generated"
+    PACKED = "packed"
+
+
+class Observer(Protocol):
+    """Counts what happens in the tree (runtime/metrics.py)."""
+
+    def evicted(self, kind: str, slots: int) -> None:
+        """A node of this kind has lost its slots."""
+
+    def refilled(self, slots: int) -> None:
+        """A tombstone has got slots again."""
+
+
+class Node(TreeNode):
+    """A node of one kind.
+
+    replica: the packed node at or above this one, None in the exact namespace.
+    content: what a packed node holds; None for the others.
+    place: the node's key among its parent's children.
+    packed: packed children, by variant and first token.
+    spare: full KV of a picture that has been read once, to pack a replica that is in the tree.
+    """
+
+    def __init__(self, kind: Kind, priority: int = 0) -> None:
+        super().__init__(priority=priority)
+        self.children: dict[Hashable, Node] = {}
+        self.kind = kind
+        self.replica: Node | None = None
+        self.content: Replica | None = None
+        self.place: Hashable = None
+        self.packed: dict[Hashable, list[Node]] = {}
+        self.spare = False
+
+    @property
+    def size(self) -> int:
+        """Slots held; 0 for a tombstone."""
+        return 0 if self.value is None else len(self.value)
+
+    @property
+    def is_tombstone(self) -> bool:
+        return self.value is None
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the node's KV was computed beside compressed KV, or is compressed."""
+        return self.replica is not None
+
+    @property
+    def yields(self) -> bool:
+        """Whether the node goes before any pinned text: visual KV and all that is lossy."""
+        return self.kind is Kind.VISUAL or self.is_lossy
+
+    @property
+    def label(self) -> str:
+        """The kind, as metrics and the dump name it."""
+        return "lossy" if self.is_lossy and self.kind is not Kind.PACKED else self.kind.value
+
+    @property
+    def name(self) -> str:
+        """Which picture a visual node begins, or which variant a replica is; else empty."""
+        if self.content is not None:
+            return "/".join(str(part) for part in self.content.variant)
+        # A picture's placeholders are drawn from its hash.
+        return f"{self.key.token_ids[0]:x}" if self.kind is Kind.VISUAL else ""
+
+    def describe(self, depth: int, now: float) -> dict[str, Any]:
+        """The node as JSON; now: seconds of the clock of `last_access_time`."""
+        return {
+            "depth": depth,
+            "kind": self.label,
+            "name": self.name,
+            "tokens": len(self.key),
+            "slots": self.size,
+            "columns": 0 if self.content is None else self.content.intent.columns,
+            "tombstone": self.is_tombstone,
+            "locks": self.lock_ref,
+            "idle_seconds": round(now - self.last_access_time, 3),
+        }
+
+    def row_slots(self) -> torch.Tensor:
+        """The node's entries in a request's row, int64 [tokens]."""
+        return self.value if self.content is None else self.content.row_slots(self.value)
+
+
+class TextLock(TreeLock):
+    """A lock that holds the text of a path and lets the visual nodes between yield."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """What an insert did.
+
+    node: where it ended. duplicates: half-open ranges of the key that the tree held already; the
+    slots offered for them stay with the caller. All else was adopted.
+    """
+
+    node: Node
+    duplicates: list[tuple[int, int]]
+
+
+class SpanTree(RadixCache):
+    """SGLang's Python radix cache (mem_cache/radix_cache.py) with kinds, tombstones and replicas.
+
+    evictable + protected = the slots that the tree owns; a tombstone counts 0.
+    text_bound: slots of unlocked exact text above which text is evicted before visual KV.
+    """
+
+    root_node: Node
+
+    def __init__(self, params: CacheInitParams, text_share: float, observer: Observer) -> None:
+        self.observer = observer
+        super().__init__(params)
+        self.text_bound = text_share * self.token_to_kv_pool_allocator.size
+
+    def reset(self) -> None:
+        super().reset()
+        root = Node(Kind.PROMPT, priority=-sys.maxsize)
+        root.key, root.value, root.hash_value = self.root_node.key, [], []
+        root.lock_ref = 1
+        self.root_node = root
+        self._empty_match_result = self._found(root, 0)
+        # Slots of unlocked exact text.
+        self.unlocked_text = 0
+
+    # Matching
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The longest prefix whose full KV is there; ends at the first tombstone."""
+        if self.disable or len(params.key) == 0:
+            return self._empty_match_result
+        return self._found(*self._follow(self.root_node, params.key, 0))
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        if not self.disable and len(key):
+            self._follow(self.root_node, key, 0)
+
+    def match_packed(
+        self, key: RadixKey, start: int, variant: Hashable, min_end: int, *, with_selection: bool
+    ) -> MatchResult | None:
+        """The longest match that runs through a packed replica of the tokens from `start` on.
+
+        min_end: the replica has to reach this position. with_selection: and know its selection.
+        """
+        if self.disable or start >= len(key):
+            return None
+        head, length = self._follow(self.root_node, _limited(key, start), 0)
+        if length < start:
+            return None
+        best: Node | None = None
+        for node in head.packed.get((variant, key.child_key_at(start)), ()):
+            size = len(node.key)
+            assert node.content is not None
+            if (
+                start + size >= min_end
+                and (best is None or size > len(best.key))
+                and not (with_selection and node.content.selected is None)
+                and node.key.match_at(key, start) == size
+            ):
+                best = node
+        if best is None:
+            return None
+        return self._found(*self._follow(best, key, start + len(best.key)))
+
+    def _follow(self, node: Node, key: RadixKey, offset: int) -> tuple[Node, int]:
+        """Walk from `node` along key[offset:] through nodes with slots: (last node, length)."""
+        now = time.monotonic()
+        node.last_access_time = now
+        while offset < len(key):
+            child = node.children.get(key.child_key_at(offset))
+            if child is None or child.is_tombstone:
+                break
+            matched = child.key.match_at(key, offset)
+            child.last_access_time = now
+            child.spare = False
+            if matched < len(child.key):
+                return self._split_node(child.key, child, matched), offset + matched
+            node, offset = child, offset + matched
+        return node, offset
+
+    @staticmethod
+    def _found(node: Node, length: int) -> MatchResult:
+        return MatchResult(
+            device_prefix_len=length,
+            last_device_node=node,
+            last_host_node=node,
+            best_match_node=node,
+        )
+
+    # Inserting
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        """SGLang's interface to `publish`, for a key that is all prompt."""
+        if self.disable:
+            return InsertResult(prefix_len=0)
+        value = params.value
+        if value is None:
+            value = torch.tensor(list(params.key), dtype=torch.int64)
+        done = self.publish(
+            params.key,
+            value,
+            prompt_len=len(params.key),
+            priority=params.priority or 0,
+            inserted_len=params.inserted_len,
+        )
+        known = done.duplicates[-1][1] if done.duplicates else 0
+        return InsertResult(prefix_len=known, last_device_node=done.node)
+
+    def publish(
+        self,
+        key: RadixKey,
+        slots: torch.Tensor,
+        *,
+        prompt_len: int,
+        priority: int = 0,
+        inserted_len: int = 0,
+        below: Node | None = None,
+        offset: int = 0,
+    ) -> Published:
+        """Insert a key whose token i has the slot slots[i], int64 [len(key)].
+
+        Tombstones on the way are refilled with the offered slots. Tokens from `prompt_len` on were
+        generated; a node of generated text that this prompt runs through is promoted to PROMPT.
+        With `below`, a node that ends at `offset`, insertion starts there.
+        """
+        node, now = below or self.root_node, time.monotonic()
+        node.last_access_time = now
+        duplicates: list[tuple[int, int]] = []
+
+        def visited(visit: Node, end: int) -> None:
+            visit.priority = max(visit.priority, priority)
+            # Nodes that this request inserted before were counted then.
+            if end > inserted_len:
+                self._inc_hit_count(visit)
+
+        while offset < len(key):
+            child = node.children.get(key.child_key_at(offset))
+            if child is None:
+                break
+            child.last_access_time = now
+            end = offset + child.key.match_at(key, offset)
+            if child.kind is Kind.GENERATED and offset < prompt_len < end:
+                end = prompt_len
+            if end - offset < len(child.key):
+                child = self._split_node(child.key, child, end - offset)
+            if child.kind is Kind.GENERATED and end <= prompt_len:
+                child.kind = Kind.PROMPT
+            if child.is_tombstone:
+                self._refill(child, slots[offset:end])
+            elif duplicates and duplicates[-1][1] == offset:
+                duplicates[-1] = (duplicates[-1][0], end)
+            else:
+                duplicates.append((offset, end))
+            visited(child, end)
+            node, offset = child, end
+        while offset < len(key):
+            kind, end = _segment(key, offset, prompt_len)
+            child = Node(kind, priority)
+            child.key, child.value = key[offset:end], slots[offset:end].clone()
+            self._attach(node, child, key.child_key_at(offset))
+            visited(child, end)
+            node, offset = child, end
+        return Published(node, duplicates)
+
+    def add_packed(self, head: Node, key: RadixKey, start: int, replica: Replica) -> Node | None:
+        """Hang a replica of key[start:] below `head`, which ends at `start`.
+
+        The tree then owns the replica's slots. None if the same replica is there already.
+        """
+        index = (replica.variant, key.child_key_at(start))
+        siblings = head.packed.setdefault(index, [])
+        for other in siblings:
+            if len(other.key) == len(key) - start == other.key.match_at(key, start):
+                return None
+        node = Node(Kind.PACKED)
+        node.key, node.value, node.content = key[start:], replica.slots, replica
+        node.replica = node
+        siblings.append(node)
+        self._attach(head, node, ("packed", node.id))
+        return node
+
+    def mark_spare(self, node: Node) -> None:
+        """Let pictures on the path to `node` go before their replica, unless others read them."""
+        while node is not self.root_node:
+            node.spare = node.kind is Kind.VISUAL and node.hit_count <= 1
+            node = node.parent
+
+    def _attach(self, parent: Node, child: Node, place: Hashable) -> None:
+        child.parent, child.place = parent, place
+        if child.replica is None:
+            child.replica = parent.replica
+        parent.children[place] = child
+        self._count(child, 1)
+        self._update_leaf_status(parent)
+        self._update_leaf_status(child)
+        if not child.is_lossy:
+            self.kv_events.record_store(child)
+
+    def _refill(self, node: Node, slots: torch.Tensor) -> None:
+        node.value = slots.clone()
+        self._count(node, 1)
+        self._update_leaf_status(node)
+        self.kv_events.record_store(node)
+        self.observer.refilled(node.size)
+
+    def _split_node(self, key: RadixKey, child: Node, split_len: int) -> Node:
+        """Cut a node in two of its kind and lock count; returns the upper half."""
+        assert child.kind is not Kind.PACKED, "a replica is whole"
+        upper = Node(child.kind, child.priority)
+        upper.hit_count, upper.lock_ref = child.hit_count, child.lock_ref
+        upper.last_access_time = child.last_access_time
+        upper.creation_time = child.creation_time
+        upper.spare = child.spare
+        upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
+        upper.key, child.key = child.key[:split_len], child.key[split_len:]
+        if child.value is not None:
+            upper.value = child.value[:split_len].clone()
+            child.value = child.value[split_len:].clone()
+        # One hash a token, where they were computed (page size 1).
+        for name in ("hash_value", "event_hash_value"):
+            hashes = getattr(child, name)
+            if hashes is not None:
+                setattr(upper, name, hashes[:split_len])
+                setattr(child, name, hashes[split_len:])
+        upper.parent.children[upper.place] = upper
+        child.parent, child.place = upper, child.key.child_key()
+        upper.children[child.place] = child
+        self._update_leaf_status(upper)
+        self._update_leaf_status(child)
+        return upper
+
+    # Locks
+
+    def inc_lock_ref(self, node: Node) -> IncLockRefResult:
+        return IncLockRefResult(delta=self._lock_path(node, 1, text_only=False))
+
+    def dec_lock_ref(self, node: Node, params: DecLockRefParams | None = None) -> DecLockRefResult:
+        return DecLockRefResult(delta=self._lock_path(node, -1, text_only=False))
+
+    def lock_text(self, node: Node) -> TextLock:
+        """Hold the text on the path to `node`; `unlock` releases it.
+
+        Release meets the same nodes: kinds do not change between text and visual, and both halves
+        of a split node keep its kind and count.
+        """
+        self._lock_path(node, 1, text_only=True)
+        return TextLock(node, DecLockRefParams())
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        if isinstance(lock, TextLock):
+            self._lock_path(lock.node, -1, text_only=True)
+        else:
+            super().unlock(lock)
+
+    def _lock_path(self, node: Node, step: int, *, text_only: bool) -> int:
+        """Change the lock counts from `node` to the root; returns the change of evictable."""
+        before = self.evictable_size_
+        while not self.disable and node is not self.root_node:
+            if not (text_only and node.kind is Kind.VISUAL):
+                assert node.value is not None, "a tombstone cannot be locked"
+                self._count(node, -1)
+                node.lock_ref += step
+                assert node.lock_ref >= 0, "released more often than locked"
+                self._count(node, 1)
+                self._update_leaf_status(node)
+            node = node.parent
+        return int(self.evictable_size_ - before)
+
+    # Evicting
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free at least `num_tokens` slots, if that many are evictable.
+
+        Pictures that only served to pack a replica go first, then other visual KV and replicas, by
+        SGLang's strategy, then generated text, then prompts, leaves before what they follow. Text
+        above its bound goes before all.
+        """
+        if self.disable:
+            return EvictResult()
+        started = time.perf_counter()
+        heaps = _Heaps(self.eviction_strategy)
+        for node in self.evictable_leaves:
+            heaps.push(node)
+        freed = 0
+        while freed < params.num_tokens:
+            candidate = heaps.pop(text_first=self.unlocked_text > self.text_bound)
+            if candidate is None:
+                break
+            freed += candidate.size
+            leaf = self._evict_node(candidate)
+            # A visual node was a candidate before it was a leaf.
+            if leaf in self.evictable_leaves and leaf.kind is not Kind.VISUAL:
+                heaps.push(leaf)
+        self.update_eviction_metrics(freed, started)
+        return EvictResult(num_tokens_evicted=freed)
+
+    def _evict_node(self, node: Node) -> Node:
+        """Free a node's slots; returns the node above what was removed."""
+        assert node.value is not None and node.lock_ref == 0
+        self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
+        self.observer.evicted(node.label, node.size)
+        self._count(node, -1)
+        if not node.is_lossy:
+            self.kv_events.record_remove(node)
+        node.value = None
+        self._update_leaf_status(node)
+        # Itself, unless a tombstone now, and the tombstones above that it was the last child of.
+        while node is not self.root_node and node.is_tombstone and not node.children:
+            node = self._detach(node)
+        return node
+
+    def _detach(self, node: Node) -> Node:
+        parent: Node = node.parent
+        del parent.children[node.place]
+        if node.content is not None:
+            index = (node.content.variant, node.key.child_key())
+            parent.packed[index].remove(node)
+            if not parent.packed[index]:
+                del parent.packed[index]
+        self._update_leaf_status(parent)
+        return parent
+
+    def _update_leaf_status(self, node: Node) -> None:
+        """A node may be evicted if nobody holds it and it is visual or nothing follows it."""
+        if node.size and not node.lock_ref and (node.kind is Kind.VISUAL or not node.children):
+            self.evictable_leaves.add(node)
+        else:
+            self.evictable_leaves.discard(node)
+
+    def _count(self, node: Node, sign: int) -> None:
+        slots = sign * node.size
+        if node.lock_ref:
+            self.protected_size_ += slots
+        else:
+            self.evictable_size_ += slots
+            if not node.yields:
+                self.unlocked_text += slots
+
+    # Reading
+
+    def nodes(self) -> Iterator[tuple[Node, int]]:
+        """Every node below the root with its depth, parents first."""
+        stack: list[tuple[Node, int]] = [(child, 0) for child in self.root_node.children.values()]
+        while stack:
+            node, depth = stack.pop()
+            yield node, depth
+            stack.extend((child, depth + 1) for child in reversed(node.children.values()))
+
+    def describe(self, limit: int = 1000) -> dict[str, Any]:
+        """The tree as JSON, at most `limit` nodes (docs/radix-cache.md lists the fields)."""
+        now, listed, total = time.monotonic(), [], 0
+        for node, depth in self.nodes():
+            total += 1
+            if total <= limit:
+                listed.append(node.describe(depth, now))
+        allocator = self.token_to_kv_pool_allocator
+        free = allocator.available_size()
+        owned = self.evictable_size_ + self.protected_size_
+        return {
+            "pool": {
+                "size": allocator.size,
+                "free": free,
+                "evictable": self.evictable_size_,
+                "protected": self.protected_size_,
+                "private": allocator.size - free - owned,
+                "unlocked_text": self.unlocked_text,
+                "text_bound": int(self.text_bound),
+            },
+            "nodes": listed,
+            "nodes_left_out": total - len(listed),
+        }
+
+    def path_device_indices(self, node: Node) -> torch.Tensor:
+        """The row of a request whose prefix ends at `node`, int64 [tokens]."""
+        parts = []
+        while node is not self.root_node:
+            assert node.value is not None, "the path runs through a tombstone"
+            parts.append(node.row_slots())
+            node = node.parent
+        return torch.cat(parts[::-1]) if parts else self._empty_device_indices
+
+    def all_values_flatten(self) -> torch.Tensor:
+        values = [node.value for node, _ in self.nodes() if node.value is not None]
+        return torch.cat(values) if values else self._empty_device_indices
+
+    def total_size(self) -> int:
+        return sum(node.size for node, _ in self.nodes())
+
+    def pretty_print(self) -> None:
+        for node, depth in self.nodes():
+            print("  " * depth, node.label, len(node.key), f"slots={node.size} r={node.lock_ref}")
+        print(f"#tokens: {self.total_size()}")
+
+
+class _Heaps:
+    """The candidates of one eviction, by class."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+        self._yielding: list[tuple[Any, int, Node]] = []
+        self._generated: list[tuple[Any, int, Node]] = []
+        self._prompts: list[tuple[Any, int, Node]] = []
+
+    def push(self, node: Node) -> None:
+        if node.yields:
+            heap = self._yielding
+        else:
+            heap = self._prompts if node.kind is Kind.PROMPT else self._generated
+        priority = (not node.spare, self._strategy.get_priority(node))
+        heapq.heappush(heap, (priority, node.id, node))
+
+    def pop(self, *, text_first: bool) -> Node | None:
+        text = (self._generated, self._prompts)
+        for heap in (*text, self._yielding) if text_first else (self._yielding, *text):
+            if heap:
+                return heapq.heappop(heap)[2]
+        return None
+
+
+def _segment(key: RadixKey, offset: int, prompt_len: int) -> tuple[Kind, int]:
+    """The kind of the token at `offset`, and where that kind ends."""
+    ids, length = key.token_ids, len(key)
+    visual = ids[offset] >= MM_PAD_SHIFT_VALUE
+    generated = not visual and offset >= prompt_len
+    if not visual and not generated:
+        length = min(length, prompt_len)
+    end = offset + 1
+    while end < length and (ids[end] >= MM_PAD_SHIFT_VALUE) == visual:
+        end += 1
+    if visual:
+        return Kind.VISUAL, end
+    return (Kind.GENERATED if generated else Kind.PROMPT), end
+
+
+def _limited(key: RadixKey, limit: int) -> RadixKey:
+    """The first `limit` tokens of a key, without a copy."""
+    return RadixKey(
+        key.token_ids,
+        key.extra_key,
+        is_bigram=key.is_bigram,
+        limit=min(limit, len(key)),
+        cache_salt=key.cache_salt,
+    )

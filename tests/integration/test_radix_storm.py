@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed sharing under pressure: aborts and retractions in a small pool, and two ranks."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from aircache_sglang import cache_view
+from aircache_sglang.platform import has_accelerator
+from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.support import Server
+from tests.support.chats import compressed_chat
+from tests.support.oracle import Oracle
+from tests.support.prompts import Prompt, ask, picture, user_prompt, words
+from tests.support.server import ServerError
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(has_accelerator(), reason="SGLang would use the accelerator"),
+]
+
+POOL = 900
+CHATS, TURNS = 12, 4
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_storm(checkpoint: Path, overlap: bool) -> None:
+    """Follow-ups that are broken off, retracted and chunked lose no slot."""
+    flags = [*COMPRESSING_FLAGS, "--enable-metrics", "--max-total-tokens", str(POOL)]
+    flags += ["--chunked-prefill-size", "64", "--aircache-reuse", "compressed"]
+    flags += [] if overlap else ["--disable-overlap-schedule"]
+    env = {**STRICT_MEMORY_CHECKS, "SGLANG_TEST_RETRACT": "1"}
+    with Server(checkpoint, flags, env=env) as server:
+
+        def abort(rid: str) -> None:
+            server.request("POST", "/abort_request", {"rid": rid})
+
+        def chat(seed: int) -> int:
+            """Returns how many turns came to their end."""
+            rng = random.Random(seed)
+            prompt = user_prompt(picture(300 + seed % 3, 8, 9), words(5, seed=seed % 2))
+            done = 0
+            for turn in range(TURNS):
+                rid, timer = f"storm-{seed}-{turn}", None
+                if rng.random() < 0.3:
+                    timer = threading.Timer(rng.random(), abort, (rid,))
+                    timer.start()
+                fields = {"max_new_tokens": rng.choice((2, 5, 40)), "rid": rid}
+                try:
+                    answer = ask(server, prompt, {"retention": 0.3}, **fields)
+                except ServerError as error:
+                    assert timer is not None and "abort" in str(error).lower(), error
+                    continue
+                finally:
+                    if timer is not None:
+                        timer.join()
+                if answer["meta_info"]["finish_reason"]["type"] != "length":
+                    continue
+                done += 1
+                text = answer["text"] + words(3 + turn, seed=seed)
+                prompt = Prompt(prompt.text + text, prompt.images)
+            return done
+
+        with ThreadPoolExecutor(6) as pool:
+            finished = sum(pool.map(chat, range(CHATS)))
+        assert finished >= CHATS * TURNS // 2
+        assert "etract" in server.log(), "this test needs retractions"
+        deadline = time.monotonic() + 30
+        while True:
+            (dump,) = cache_view.fetch(server.url)
+            state = dump["pool"]
+            if state["free"] + state["evictable"] == POOL or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        assert state["free"] + state["evictable"] == state["size"] == POOL
+        assert dump["totals"]["hit_tokens_compressed"] > 0
+
+
+def test_replicas_on_two_ranks(parallel_server: Server, oracle: Oracle) -> None:
+    """Each rank holds one KV head; both find, extend and keep the same replicas."""
+    prompt = user_prompt(picture(310, 9, 10), "what is this?" + words(3), picture(311, 8, 8), "?")
+    compressed_chat(parallel_server, oracle, prompt, 3)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chats about pictures with a compressing server, and what Transformers says to each turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.oracle import LOGPROB_TOLERANCE, Oracle
+from tests.support.prompts import Prompt, ask, words
+from tests.support.server import Server
+
+NEW_TOKENS = 6
+RETENTION = 0.3
+
+
+def next_turn(prompt: Prompt, answer: Any, seed: int) -> Prompt:
+    """The prompt that continues a chat."""
+    text = answer["text"] + "<|im_end|>\n<|im_start|>user\n" + words(3 + seed % 4, seed=seed)
+    return Prompt(prompt.text + text + "<|im_end|>\n<|im_start|>assistant\n", prompt.images)
+
+
+def question(server: Server, prompt: Prompt, **overrides: Any) -> Any:
+    """A greedy answer of NEW_TOKENS tokens; overrides are AirCache's."""
+    overrides = {"retention": RETENTION, **overrides}
+    return ask(server, prompt, overrides, max_new_tokens=NEW_TOKENS)
+
+
+def cached(answer: Any) -> int:
+    """Tokens of the prompt that were not computed."""
+    return int(answer["meta_info"]["cached_tokens"])
+
+
+def carried(oracle: Oracle, first: Prompt, prompt: Prompt, answer: Any, selection: Any) -> float:
+    """The largest difference from Transformers, which carries the masked cache across turns."""
+    inputs, whole = (
+        oracle.encode(first.text, first.images),
+        oracle.encode(prompt.text, prompt.images),
+    )
+    head, ids = inputs["input_ids"][0].tolist(), whole["input_ids"][0].tolist()
+    assert ids[: len(head)] == head and answer["meta_info"]["prompt_tokens"] == len(ids)
+    # All that follows the first prompt has seen only what was kept of the picture.
+    trace = oracle.run(inputs, ids[len(head) :] + answer["output_ids"], selection)
+    steps = answer["meta_info"]["output_token_logprobs"]
+    top = answer["meta_info"]["output_top_logprobs"]
+    rows = trace.logprobs[-len(steps) :]
+    return max(
+        abs(value - float(row[token]))
+        for row, step, others in zip(rows, steps, top, strict=True)
+        for value, token, _ in (step, *others)
+    )
+
+
+def compressed_chat(
+    server: Server, oracle: Oracle, prompt: Prompt, turns: int, long_turn: int = -1
+) -> None:
+    """Check every turn of a chat with compressed sharing; after `long_turn` much text follows."""
+    first, selection, length = prompt, None, 0
+    overrides = {"reuse": "compressed", "return_selection": True}
+    for turn in range(turns):
+        answer = question(server, prompt, **overrides)
+        report = answer["meta_info"]["aircache"]
+        if turn == 0:
+            selection = report["selection"]
+        assert report["selection"] == selection and report["reused"] == (turn > 0)
+        error = carried(oracle, first, prompt, answer, selection)
+        assert error < LOGPROB_TOLERANCE, f"turn {turn}: {error:.2e}"
+        if turn:
+            # All of the last turn but its last token, which was never fed back.
+            assert cached(answer) == length - 1
+        length = answer["meta_info"]["prompt_tokens"] + NEW_TOKENS
+        prompt = next_turn(prompt, answer, turn)
+        if turn == long_turn:
+            prompt = Prompt(prompt.text + words(300, seed=3), prompt.images)
