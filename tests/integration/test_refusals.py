@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served does not start: one sentence that names it and says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aircache_patches import support
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = "--kv-policy aircache"
+
+# Flags, and what the sentence must say.
+REFUSED: dict[tuple[str, ...], str] = {
+    ("--page-size", "16"): "does not work with --page-size 16; drop one",
+    ("--enable-mixed-chunk",): "does not work with --enable-mixed-chunk; drop one",
+    ("--speculative-algorithm", "NGRAM"): "with --speculative-algorithm NGRAM; drop one",
+    ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
+    ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
+    ("--encoder-only",): "with --encoder-only; drop one",
+    ("--enable-pdmux",): "with --enable-pdmux; drop one",
+    ("--enable-hierarchical-cache",): "with --enable-hierarchical-cache; drop one",
+    ("--enable-unified-cache-external-linker",): "--enable-unified-cache-external-linker; drop",
+    ("--enable-session-radix-cache",): "with --enable-session-radix-cache; drop one",
+    ("--enable-streaming-session",): "with --enable-streaming-session; drop one",
+    ("--enable-lmcache",): "with --enable-lmcache; drop one",
+    ("--enable-flexkv",): "with --enable-flexkv; drop one",
+    ("--enable-hisparse",): "with --enable-hisparse; drop one",
+    ("--enable-two-batch-overlap",): "with --enable-two-batch-overlap; drop one",
+    ("--enable-torch-compile",): "with --enable-torch-compile; drop one",
+    ("--attn-dp-size", "2", "--tp-size", "2"): "with --attn-dp-size 2; drop one",
+    ("--enable-dp-attention", "--tp-size", "2", "--dp-size", "2"): "with --attn-dp-size 2; drop",
+    ("--attn-cp-size", "2", "--tp-size", "2"): "with --attn-cp-size 2; drop one",
+    ("--dcp-size", "2", "--tp-size", "2"): "with --dcp-size 2; drop one",
+    ("--pp-size", "2"): "with --pp-size 2; drop one",
+    ("--kv-canary", "log"): "with --kv-canary log; drop one",
+    ("--kv-cache-dtype", "fp8_e4m3"): "with --kv-cache-dtype fp8_e4m3; use auto or bf16",
+    ("--aircache-elite", "shared", "--tp-size", "2"): "--tp-size > 1; use per-head",
+    (
+        "--attention-backend",
+        "flashinfer",
+    ): "flashinfer on cpu; use --attention-backend torch_native",
+    ("--radix-cache-backend", "lru"): "cannot use --radix-cache-backend lru; drop one",
+    ("--is-embedding",): "drop --is-embedding or --kv-policy",
+    ("--aircache-retention", "0"): "--aircache-retention must be a number with 0 < x <= 1, got 0.0",
+    ("--aircache-retention", "1.5"): "--aircache-retention must be a number with 0 < x <= 1",
+    ("--aircache-retention", "-0.1"): "--aircache-retention must be a number with 0 < x <= 1",
+    ("--aircache-retention", "nan"): "--aircache-retention must be a number with 0 < x <= 1",
+    ("--aircache-retention", "inf"): "--aircache-retention must be a number with 0 < x <= 1",
+    ("--aircache-alpha", "2"): "--aircache-alpha must be a number with 0 <= x <= 1, got 2.0",
+    ("--aircache-alpha", "nan"): "--aircache-alpha must be a number with 0 <= x <= 1",
+    ("--aircache-window", "last-0"): "--aircache-window must be elite, all or last-N",
+    ("--aircache-window", "last-513"): "--aircache-window must be elite, all or last-N",
+    ("--aircache-window", "some"): "--aircache-window must be elite, all or last-N",
+    ("--aircache-min-visual-tokens", "0"): "--aircache-min-visual-tokens must be an integer >= 1",
+}
+# The parser itself refuses these, as it does for every flag with choices or a type.
+PARSER: dict[tuple[str, ...], str] = {
+    ("--kv-policy", "other"): "argument --kv-policy: invalid choice: 'other'",
+    ("--aircache-budget", "even"): "argument --aircache-budget: invalid choice: 'even'",
+    ("--aircache-elite", "none"): "argument --aircache-elite: invalid choice: 'none'",
+    ("--aircache-retention", "few"): "argument --aircache-retention: invalid float value: 'few'",
+    ("--aircache-min-visual-tokens", "1.5"): "invalid int value: '1.5'",
+}
+ENVIRONMENTS = {("SGLANG_RUST_SERVER", "1"): "with SGLANG_RUST_SERVER=1; unset it"}
+ACCEPTED: list[tuple[str, ...]] = [
+    (),
+    ("--tp-size", "2"),
+    ("--disable-radix-cache",),
+    ("--disable-overlap-schedule", "--chunked-prefill-size", "64"),
+    ("--radix-eviction-policy", "lfu"),
+    ("--aircache-retention", "1", "--aircache-window", "last-5", "--aircache-alpha", "0"),
+]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1"} | changes
+
+
+def text_model(folder: Path) -> Path:
+    """A configuration is all that is read of a model before it is refused."""
+    folder.mkdir()
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, ...], dict[str, str]]:
+    """All command lines through SGLang's parser and resolution, in one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    base = ["--model-path", str(checkpoint), "--device", "cpu", "--kv-policy", "aircache"]
+    cases: dict[tuple[str, ...], dict[str, Any]] = {
+        flags: {"argv": [*base, *flags]} for flags in (*REFUSED, *PARSER, *ACCEPTED)
+    }
+    for name, value in ENVIRONMENTS:
+        cases[(name, value)] = {"argv": base, "env": {name: value}}
+    cases[("text",)] = {"argv": [*base, "--model-path", str(text_model(folder / "text"))]}
+    (folder / "cases.json").write_text(json.dumps(list(cases.values())))
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.support.refusals", str(folder / "cases.json")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(cases, lines, strict=True))
+
+
+@pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
+def test_refused(outcomes: dict[tuple[str, ...], dict[str, str]], flags: tuple[str, ...]) -> None:
+    outcome = outcomes[flags]
+    assert outcome["kind"] == "refusal", outcome
+    assert REFUSED[flags] in outcome["message"]
+    assert "\n" not in outcome["message"]
+
+
+@pytest.mark.parametrize("flags", PARSER, ids=" ".join)
+def test_refused_by_the_parser(
+    outcomes: dict[tuple[str, ...], dict[str, str]], flags: tuple[str, ...]
+) -> None:
+    outcome = outcomes[flags]
+    assert outcome["kind"] == "parser", outcome
+    assert PARSER[flags] in outcome["message"]
+
+
+@pytest.mark.parametrize("variable", ENVIRONMENTS, ids="=".join)
+def test_refused_environment(
+    outcomes: dict[tuple[str, ...], dict[str, str]], variable: tuple[str, str]
+) -> None:
+    outcome = outcomes[variable]
+    assert outcome["kind"] == "refusal", outcome
+    assert outcome["message"].endswith(ENVIRONMENTS[variable])
+
+
+@pytest.mark.parametrize("flags", ACCEPTED, ids=" ".join)
+def test_accepted(outcomes: dict[tuple[str, ...], dict[str, str]], flags: tuple[str, ...]) -> None:
+    assert outcomes[flags] == {"kind": "accepted", "message": ""}
+
+
+def test_a_model_without_pictures(outcomes: dict[tuple[str, ...], dict[str, str]]) -> None:
+    outcome = outcomes[("text",)]
+    assert outcome["kind"] == "refusal", outcome
+    assert "Qwen2ForCausalLM" in outcome["message"]
+    assert outcome["message"].endswith("without --kv-policy")
+
+
+@pytest.mark.parametrize("row", support._FLAGS, ids=[row[2] for row in support._FLAGS])
+def test_each_row_of_the_table_refuses(
+    monkeypatch: pytest.MonkeyPatch, row: tuple[str, Any, str]
+) -> None:
+    """Some of these SGLang itself refuses first on this machine; the table has to know them."""
+    from sglang.srt.arg_groups import overrides
+
+    field, fine, flag = row
+    view = SimpleNamespace(**{name: value for name, value, _ in support._FLAGS})
+    setattr(view, field, True if fine is False else 7)
+    monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
+    sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
+    shown = flag if fine is False else f"{flag} 7"
+    assert sentence == f"{POLICY} does not work with {shown}; drop one of the two flags"
+
+
+def test_time_to_live_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.arg_groups import overrides
+
+    view = SimpleNamespace(**{name: value for name, value, _ in support._FLAGS})
+    view.radix_eviction_policy = "tlru"
+    monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
+    sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
+    assert sentence == f"{POLICY} does not work with --radix-eviction-policy tlru; use lru"
+
+
+# Real starts.
+
+LAUNCH = [sys.executable, "-m", "sglang.launch_server"]
+SERVE = [str(Path(sys.executable).with_name("sglang")), "serve"]
+
+
+def run(argv: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        argv, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=600
+    )
+
+
+def sentence_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a refused start; no traceback, no server."""
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert "Uvicorn running" not in result.stdout + result.stderr
+    found = [line for line in result.stderr.splitlines() if line.startswith("aircache: ")]
+    assert len(found) == 1, result.stderr
+    return found[0]
+
+
+def server_flags(checkpoint: Path, *flags: str) -> list[str]:
+    base = ["--model-path", str(checkpoint), "--device", "cpu", "--host", "127.0.0.1"]
+    return [*base, "--kv-policy", "aircache", *flags]
+
+
+def after(code: str, module: str = "sglang.launch_server") -> list[str]:
+    """`python -m module` in a process in which `code` has run."""
+    return [
+        sys.executable,
+        "-c",
+        f"{code}\nimport runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)",
+    ]
+
+
+@pytest.mark.server
+def test_launch_server_refuses(checkpoint: Path) -> None:
+    result = run([*LAUNCH, *server_flags(checkpoint, "--page-size", "16")])
+    assert sentence_of(result) == (
+        f"aircache: {POLICY} does not work with --page-size 16; drop one of the two flags"
+    )
+
+
+@pytest.mark.server
+def test_sglang_serve_refuses(checkpoint: Path) -> None:
+    result = run([*SERVE, *server_flags(checkpoint, "--aircache-retention", "1.5")])
+    assert sentence_of(result) == (
+        "aircache: --aircache-retention must be a number with 0 < x <= 1, got 1.5"
+    )
+
+
+@pytest.mark.server
+def test_engine_refuses(checkpoint: Path) -> None:
+    code = (
+        "import sglang\n"
+        "if __name__ == '__main__':\n"
+        f"    sglang.Engine(model_path={str(checkpoint)!r}, device='cpu', kv_policy='aircache',\n"
+        "                  enable_mixed_chunk=True)\n"
+        "    print('Uvicorn running')\n"
+    )
+    result = run([sys.executable, "-c", code])
+    assert sentence_of(result) == (
+        f"aircache: {POLICY} does not work with --enable-mixed-chunk; drop one of the two flags"
+    )
+
+
+@pytest.mark.server
+def test_a_missing_function_of_sglang(checkpoint: Path) -> None:
+    code = (
+        "from sglang.srt.managers.schedule_batch import ScheduleBatch\n"
+        "del ScheduleBatch.prepare_for_extend"
+    )
+    sentence = sentence_of(run([*after(code), *server_flags(checkpoint)]))
+    assert "ScheduleBatch.prepare_for_extend; reinstall SGLang" in sentence
+
+
+@pytest.mark.server
+def test_a_hook_that_the_registry_cannot_apply(checkpoint: Path) -> None:
+    """SGLang's registry logs the failure and would go on."""
+    code = (
+        "from sglang.srt.plugins.hook_registry import HookRegistry as R\n"
+        "apply = R._apply_target.__func__\n"
+        "def failing(cls, target, hooks):\n"
+        "    if target.endswith('kv_private_tokens'):\n"
+        "        raise TypeError('broken')\n"
+        "    return apply(cls, target, hooks)\n"
+        "R._apply_target = classmethod(failing)"
+    )
+    result = run([*after(code), *server_flags(checkpoint)])
+    assert result.returncode != 0
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("aircache: ")]
+    assert len(sentences) == 1, result.stderr
+    assert "pool_stats_observer.kv_private_tokens; reinstall SGLang" in sentences[0]
+
+
+@pytest.mark.server
+def test_another_version_of_sglang(checkpoint: Path) -> None:
+    code = "from aircache_patches import ledger\nledger.TESTED_VERSIONS = ('0.5.22', '0.5.24')"
+    sentence = sentence_of(run([*after(code), *server_flags(checkpoint)]))
+    assert "is tested with SGLang 0.5.22, 0.5.24, found 0.5.23; install one" in sentence
+
+
+@pytest.mark.server
+def test_a_hook_that_fails_in_the_scheduler_process_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('spawn_main' in argument for argument in sys.orig_argv):\n"
+        "    from aircache_patches import ledger\n"
+        "    ledger.TESTED_VERSIONS = ('0.0.0',)\n"
+    )
+    result = run([*LAUNCH, *server_flags(checkpoint)], PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "Uvicorn running" not in result.stdout + result.stderr
+    assert "is tested with SGLang 0.0.0, found 0.5.23; install one" in result.stderr
+
+
+@pytest.mark.server
+def test_a_plugin_that_is_excluded(checkpoint: Path) -> None:
+    result = run([*LAUNCH, *server_flags(checkpoint)], SGLANG_PLUGINS="others")
+    assert result.returncode != 0
+    assert "unrecognized arguments: --kv-policy aircache" in result.stderr

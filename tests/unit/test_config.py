@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs: what is accepted, and what is refused in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, INSTRUCTION_LIMIT, AirCacheConfig
+
+FIELDS = tuple(field.name for field in dataclasses.fields(AirCacheConfig))
+FLAGS = tuple(name for name in FIELDS if name != "return_selection")
+
+BAD: list[tuple[str, Any]] = [
+    *(("retention", value) for value in (0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", None, True)),
+    *(("retention", value) for value in (-math.inf, [0.1], 2)),
+    *(("alpha", value) for value in (2, -0.01, math.nan, "all", None, False)),
+    *(("budget", value) for value in ("uniforms", "", None, 1, ["uniform"])),
+    *(
+        ("window", value)
+        for value in ("last-0", "last-", "last--1", "last-1.5", "Last-3", "first-3")
+    ),
+    *(("window", value) for value in ("last-513", "last-0012", " last-3", "", None, 3)),
+    *(("elite", value) for value in ("per_head", "", None)),
+    *(("min_visual_tokens", value) for value in (0, -1, 1.0, "64", None, True)),
+    *(("return_selection", value) for value in (1, 0, "true", None)),
+]
+GOOD: list[tuple[str, Any]] = [
+    *(("retention", value) for value in (1e-9, 0.1, 1, 1.0)),
+    *(("alpha", value) for value in (0, 0.0, 0.5, 1)),
+    *(("budget", value) for value in BUDGET_MODES),
+    *(("window", value) for value in ("elite", "all", "last-1", "last-99", "last-512")),
+    *(("elite", value) for value in ELITE_MODES),
+    *(("min_visual_tokens", value) for value in (1, 10_000)),
+    *(("return_selection", value) for value in (True, False)),
+]
+
+
+def server_args(**changes: Any) -> SimpleNamespace:
+    values = {f"aircache_{name}": getattr(AirCacheConfig(), name) for name in FLAGS}
+    return SimpleNamespace(**(values | {f"aircache_{name}": x for name, x in changes.items()}))
+
+
+def test_defaults_are_the_papers() -> None:
+    assert AirCacheConfig() == AirCacheConfig(
+        retention=0.1,
+        alpha=0.9,
+        budget="aircache",
+        window="elite",
+        elite="per-head",
+        min_visual_tokens=64,
+        return_selection=False,
+    )
+    assert AirCacheConfig.from_server_args(server_args()) == AirCacheConfig()
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD)
+def test_good_values(name: str, value: Any) -> None:
+    config = AirCacheConfig().with_overrides({"aircache": {name: value}})
+    assert getattr(config, name) == value
+    assert (
+        dataclasses.replace(config, **{name: getattr(AirCacheConfig(), name)}) == AirCacheConfig()
+    )
+    if name in FLAGS:
+        assert AirCacheConfig.from_server_args(server_args(**{name: value})) == config
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_overrides_name_the_key_and_the_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        AirCacheConfig().with_overrides({"aircache": {name: value}})
+    message = str(caught.value)
+    assert message.startswith(f"aircache.{name} must be ")
+    assert message.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(("name", "value"), [bad for bad in BAD if bad[0] in FLAGS])
+def test_bad_flags_name_the_flag_and_the_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        AirCacheConfig.from_server_args(server_args(**{name: value}))
+    message = str(caught.value)
+    assert message.startswith(f"--aircache-{name.replace('_', '-')} must be ")
+    assert message.endswith(f", got {value!r}")
+
+
+def test_an_unknown_key_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(ValueError) as caught:
+        AirCacheConfig().with_overrides({"aircache": {"retension": 0.5}})
+    assert "'retension'" in str(caught.value)
+    for name in FIELDS:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", ["0.1", 0.1, [], ["retention"], True])
+def test_overrides_must_be_an_object(overrides: Any) -> None:
+    with pytest.raises(ValueError, match=r'custom_params\["aircache"\] must be an object'):
+        AirCacheConfig().with_overrides({"aircache": overrides})
+
+
+@pytest.mark.parametrize(
+    "params", [None, {}, {"other": 1}, {"aircache": None}, {"aircache": {}}, 3]
+)
+def test_nothing_to_override(params: Any) -> None:
+    assert AirCacheConfig(retention=0.3).with_overrides(params) == AirCacheConfig(retention=0.3)
+
+
+def test_an_override_starts_from_the_servers_values() -> None:
+    server = AirCacheConfig(retention=0.3, alpha=0.5, window="all", min_visual_tokens=8)
+    config = server.with_overrides({"aircache": {"retention": 0.05, "return_selection": True}})
+    assert config == dataclasses.replace(server, retention=0.05, return_selection=True)
+    assert server.retention == 0.3
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_retention_is_accepted_exactly_in_its_interval(value: float) -> None:
+    try:
+        config = AirCacheConfig().with_overrides({"aircache": {"retention": value}})
+    except ValueError:
+        assert not 0 < value <= 1
+    else:
+        assert 0 < value <= 1
+        assert config.retention == value
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (AirCacheConfig(), (INSTRUCTION_LIMIT, 0.9)),
+        (AirCacheConfig(alpha=0.25), (INSTRUCTION_LIMIT, 0.25)),
+        (AirCacheConfig(window="all"), (INSTRUCTION_LIMIT, 0.0)),
+        (AirCacheConfig(window="last-7", alpha=1.0), (7, 0.0)),
+    ],
+)
+def test_scoring_window(config: AirCacheConfig, window: tuple[int, float]) -> None:
+    assert config.scoring_window() == window
+
+
+def test_configuration_needs_neither_torch_nor_sglang() -> None:
+    code = (
+        "import sys; import aircache_sglang.config; "
+        "sys.exit(bool({'torch', 'sglang', 'triton'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks: where they are, when they are applied, and when SGLang is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aircache_patches import ledger
+from tests.factories import make_qwen2_vl
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+TARGETS = [hook.target for hook in ledger.hooks()]
+
+
+def test_the_kernels_of_hugging_face_are_not_shadowed() -> None:
+    spec = importlib.util.find_spec("kernels")
+    assert spec is not None and spec.origin is not None
+    assert "site-packages" in Path(spec.origin).parts
+
+
+def test_our_packages_come_from_this_checkout_or_its_wheel() -> None:
+    for name in ("aircache_sglang", "aircache_kernels", "aircache_patches"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+
+
+def test_this_sglang_is_a_tested_one() -> None:
+    assert version("sglang") in ledger.TESTED_VERSIONS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_exist(target: str) -> None:
+    assert callable(pkgutil.resolve_name(target))
+
+
+def test_no_target_is_hooked_twice() -> None:
+    assert len(set(TARGETS)) == len(TARGETS)
+    assert ledger.missing_targets() == []
+
+
+def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    monkeypatch.delattr(ScheduleBatch, "prepare_for_extend")
+    assert ledger.missing_targets() == [
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [SERVER_ARGS, *TARGETS, *(step for step, _ in ledger.resolution_hooks())]
+)
+def test_the_ledger_explains_each_hook(name: str) -> None:
+    text = (ROOT / "patches" / "README.md").read_text()
+    assert f"`{name.removeprefix('sglang.srt.')}`" in text
+
+
+def test_the_ledger_names_the_tested_versions() -> None:
+    text = (ROOT / "patches" / "README.md").read_text()
+    for tested in ledger.TESTED_VERSIONS:
+        assert tested in text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen2_vl(tmp_path_factory.mktemp("hooks") / "model", layers=1)
+
+
+def states_of(model: Path, *flags: str) -> list[dict[str, Any]]:
+    """In a fresh process and in one that it spawned."""
+    command = [sys.executable, "-m", "tests.support.hook_states", "--device", "cpu"]
+    result = subprocess.run(
+        [*command, "--model-path", str(model), *flags],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2, result.stdout
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("flags", [(), ("--kv-policy", "none", "--aircache-retention", "0.5")])
+def test_without_a_policy_sglang_runs_its_own_functions(
+    model: Path, flags: tuple[str, ...]
+) -> None:
+    for state in states_of(model, *flags):
+        assert state["original"] == dict.fromkeys(TARGETS, True)
+        assert state["patched"] == [SERVER_ARGS]
+
+
+def test_with_a_policy_every_process_has_every_hook(model: Path) -> None:
+    for state in states_of(model, "--kv-policy", "aircache"):
+        assert state["original"] == dict.fromkeys(TARGETS, False)
+        assert state["patched"] == sorted([SERVER_ARGS, *TARGETS])
