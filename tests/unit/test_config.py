@@ -31,6 +31,7 @@ BAD: list[tuple[str, Any]] = [
     *(("window", value) for value in ("last-513", "last-0012", " last-3", "", None, 3)),
     *(("elite", value) for value in ("per_head", "", None)),
     *(("min_visual_tokens", value) for value in (0, -1, 1.0, "64", None, True)),
+    *(("reuse", value) for value in ("lossy", "", None, True)),
     *(("return_selection", value) for value in (1, 0, "true", None)),
 ]
 GOOD: list[tuple[str, Any]] = [
@@ -40,6 +41,7 @@ GOOD: list[tuple[str, Any]] = [
     *(("window", value) for value in ("elite", "all", "last-1", "last-99", "last-512")),
     *(("elite", value) for value in ELITE_MODES),
     *(("min_visual_tokens", value) for value in (1, 10_000)),
+    *(("reuse", value) for value in ("exact", "compressed")),
     *(("return_selection", value) for value in (True, False)),
 ]
 
@@ -95,8 +97,16 @@ def test_an_unknown_key_is_named_beside_the_known_ones() -> None:
     with pytest.raises(ValueError) as caught:
         AirCacheConfig().with_overrides({"aircache": {"retension": 0.5}})
     assert "'retension'" in str(caught.value)
-    for name in FIELDS:
-        assert name in str(caught.value)
+    known = str(caught.value).split("known keys: ")[1].split(", ")
+    assert known == [name for name in FIELDS if name != "pin_text"], "pin_text is the server's"
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5", None, True])
+def test_the_pinned_share_is_a_flag_alone(value: Any) -> None:
+    with pytest.raises(ValueError, match="--aircache-pin-text"):
+        AirCacheConfig.from_server_args(server_args(pin_text=value))
+    with pytest.raises(ValueError, match="unknown key 'pin_text'"):
+        AirCacheConfig().with_overrides({"aircache": {"pin_text": 0.5}})
 
 
 @pytest.mark.parametrize("overrides", ["0.1", 0.1, [], ["retention"], True])
