@@ -49,6 +49,7 @@ class Compressor:
         self.pool = pool
         self.req_to_token: torch.Tensor = model_runner.req_to_token_pool.req_to_token
         self.records: dict[int, CompressionRecord] = {}
+        self._made_room = False
         self.table = CompressionTable(
             self.req_to_token.shape[0], pool.layer_num, self.req_to_token.device
         )
@@ -293,8 +294,14 @@ class Compressor:
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The prefill's result is known and the visual slots are given back: report."""
         req.aircache_info = record.report(self.policy_name)
+        self._made_room = True
         record.selected = None  # kept by the replica, if there is one
         self.metrics.compressed(record)
+
+    def made_room(self) -> bool:
+        """Whether visual slots have been given back since this was last asked."""
+        made, self._made_room = self._made_room, False
+        return made
 
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed; a retracted one starts anew."""

@@ -50,6 +50,11 @@ def hooks() -> list[Hook]:
             after,
         ),
         Hook(
+            srt + "managers.scheduler.Scheduler.get_new_batch_prefill",
+            prefill.get_new_batch_prefill,
+            around,
+        ),
+        Hook(
             srt + "managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req",
             prefill.request_slot_reserve_for_req,
             around,

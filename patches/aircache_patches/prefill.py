@@ -9,6 +9,16 @@ from typing import Any
 from aircache_patches import process
 
 
+def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """AROUND Scheduler.get_new_batch_prefill: a packed request makes room without leaving.
+
+    SGLang stops looking for requests to admit when one does not fit, until a running one leaves.
+    """
+    if process.compressor().made_room():
+        running_batch.batch_is_full = False
+    return original(scheduler, running_batch)
+
+
 def request_slot_reserve_for_req(
     original: Callable[..., int], adder: Any, req: Any, *, extend_input_len: int | None = None
 ) -> int:
