@@ -169,18 +169,19 @@ class OneRank:
 def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     monkeypatch: pytest.MonkeyPatch, reuse: str
 ) -> None:
+    """Text between pictures moves up behind the gap; a replica needs copies of it."""
     g = torch.Generator().manual_seed(0)
     n_layers, n_heads, dim, rows, m = 3, 2, 4, 60, 3
     prompt = VisualPrompt(((2, 7), (9, 12), (13, 15)), length=18, n_visual=10)
     k_all, v_all = torch.randn((2, n_layers, rows, n_heads, dim), generator=g).unbind(0)
     k_before, v_before = k_all.clone(), v_all.clone()
     slots = torch.randperm(rows - 1, generator=g) + 1
+    n_copies = prompt.n_between if reuse == "compressed" else 0
+    extra = slots[18 : 18 + m + n_copies]
     req_to_token = torch.full((4, 32), -7, dtype=torch.int32)
     req_to_token[2, :18] = slots[:18]
     intent = Intent(AirCacheConfig(return_selection=True, reuse=reuse), prompt, m)
-    # A replica outlives the exact text between its pictures.
-    assert intent.n_extra == m + (3 if reuse == "compressed" else 0)
-    extra = slots[18 : 18 + intent.n_extra]
+    assert (prompt.n_between, intent.n_extra) == (3, m + n_copies)
     record = CompressionRecord(intent, 2, slots[: prompt.end].clone(), extra)
     table = CompressionTable(4, n_layers, "cpu")
     budgets = torch.tensor([1, 6, 2])
@@ -198,13 +199,13 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     assert row[2:5] == record.columns.tolist()
     assert row[5:12] == [0] * 7
     between = slots[prompt.between_positions()]
-    moved = record.copies if reuse == "compressed" else between
-    assert row[12:15] == moved.tolist()
+    assert row[12:15] == (record.copies if n_copies else between).tolist()
     assert row[15:18] == slots[15:18].tolist()
     assert row[18:] == [-7] * 14
     assert bool((req_to_token[[0, 1, 3]] == -7).all())
     for cache, before in ((k_all, k_before), (v_all, v_before)):
-        assert torch.equal(cache[:, moved], before[:, between])
+        if n_copies:
+            assert torch.equal(cache[:, record.copies], before[:, between])
         untouched = torch.ones(rows, dtype=torch.bool)
         untouched[extra] = False
         assert torch.equal(cache[:, untouched], before[:, untouched])
@@ -232,12 +233,11 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
 
 def test_the_private_slots_of_a_record() -> None:
     prompt = VisualPrompt(((2, 7), (9, 12)), length=15, n_visual=8)
-    intent = Intent(AirCacheConfig(reuse="compressed"), prompt, 2)
-    record = CompressionRecord(intent, 1, torch.arange(12), torch.arange(20, 24))
+    intent = Intent(AirCacheConfig(), prompt, 2)
+    record = CompressionRecord(intent, 1, torch.arange(12), torch.arange(20, 22))
     # 17 slots since the head of 2: all 15 of the prompt, and 4 generated.
-    assert record.private_tokens(17) == 17 + 4
-    record.released = 12 - 2
-    assert record.private_tokens(17) == 17 + 4 - (12 - 2)
-    # The columns belong to the tree.
-    record.released, record.shared = 0, True
-    assert record.private_tokens(4) == 4
+    assert record.private_tokens(17) == 17 + 2
+    record.released = prompt.n_visual
+    assert record.private_tokens(17) == 17 + 2 - 8
+    record.shared = True
+    assert record.private_tokens(17) == 17 - 8
