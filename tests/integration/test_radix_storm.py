@@ -88,3 +88,35 @@ def test_replicas_on_two_ranks(parallel_server: Server, oracle: Oracle) -> None:
     """Each rank holds one KV head; both find, extend and keep the same replicas."""
     prompt = user_prompt(picture(310, 9, 10), "what is this?" + words(3), picture(311, 8, 8), "?")
     compressed_chat(parallel_server, oracle, prompt, 3)
+
+
+def test_packed_requests_make_room_at_once(checkpoint: Path) -> None:
+    """A prefill's result admits the next requests; nobody has to leave first."""
+    flags = [*COMPRESSING_FLAGS, "--max-total-tokens", str(POOL)]
+    flags += ["--load-snapshot-publish-interval", "1"]
+    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+
+        def load(name: str) -> int:
+            return int(server.get("/v1/loads")["loads"][0][name])
+
+        def wait_for(name: str, count: int) -> None:
+            deadline = time.monotonic() + 120
+            while load(name) < count:
+                assert time.monotonic() < deadline, f"{name} has not reached {count}"
+                time.sleep(0.02)
+
+        prompts = [user_prompt(picture(320 + i, 12, 12), words(4, seed=i)) for i in range(16)]
+        with ThreadPoolExecutor(17) as pool:
+            # Takes the pool until all of the others wait.
+            fields = {"max_new_tokens": 400, "rid": "first", "sampling": {"ignore_eos": True}}
+            pool.submit(server.generate, words(400, seed=9), **fields)
+            wait_for("num_running_reqs", 1)
+            answers = [pool.submit(ask, server, prompt, max_new_tokens=30) for prompt in prompts]
+            wait_for("num_waiting_reqs", len(prompts))
+            server.request("POST", "/abort_request", {"rid": "first"})
+            most = 0
+            while not all(answer.done() for answer in answers):
+                most = max(most, load("num_running_reqs"))
+            lengths = [answer.result()["meta_info"]["prompt_tokens"] for answer in answers]
+        full = POOL // (min(lengths) + 30)
+        assert full < 6 and most >= 2 * full, (full, most)
