@@ -29,9 +29,7 @@ def triton_server(checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
-def test_kernels_serve_compressed_and_plain_requests(
-    triton_server: Server, oracle: Oracle
-) -> None:
+def test_kernels_serve_compressed_and_plain_requests(triton_server: Server, oracle: Oracle) -> None:
     """Two compressed requests, one of two pictures, decode beside one that is left alone."""
     one = user_prompt(picture(1, 8, 9), "what is above the house?")
     two = user_prompt(picture(2, 8, 8), "and", picture(3, 6, 5), "how many birds?")
@@ -41,9 +39,7 @@ def test_kernels_serve_compressed_and_plain_requests(
         (one, {"retention": 1.0}),
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(
-            pool.map(lambda a: ask(triton_server, a[0], a[1], max_new_tokens=4), asked)
-        )
+        answers = list(pool.map(lambda a: ask(triton_server, a[0], a[1], max_new_tokens=4), asked))
     assert answers[2]["meta_info"]["aircache"] is None
     for (prompt, _), answer in zip(asked, answers, strict=True):
         trace = assert_agrees(oracle, prompt, answer)
