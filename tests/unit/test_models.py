@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models are refused, read from a config as SGLang reads it, each with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.configs.model_config import ModelConfig
+
+from aircache_patches.support import ARCHITECTURES, out_of_reach
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+MLA = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+GPT_OSS = TEXT | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+INTERN_VIT = {"architectures": ["InternVisionModel"]}
+CLIP = {"model_type": "clip_vision_model"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        (
+            "KimiVLForConditionalGeneration",
+            {
+                "model_type": "kimi_vl",
+                "text_config": TEXT | MLA | {"model_type": "deepseek_v3"},
+                "vision_config": {},
+            },
+            "multi-head latent attention",
+        ),
+        (
+            "Gemma3ForConditionalGeneration",
+            {
+                "model_type": "gemma3",
+                "text_config": TEXT | {"model_type": "gemma3_text", "sliding_window": 16},
+                "vision_config": {"model_type": "siglip_vision_model"},
+            },
+            "sliding-window attention",
+        ),
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            {"model_type": "qwen2_5_vl", "text_config": TEXT | WINDOW},
+            "sliding-window attention",
+        ),
+        (
+            "InternVLChatModel",
+            {"model_type": "internvl_chat", "llm_config": GPT_OSS, "vision_config": INTERN_VIT},
+            "sliding-window attention",
+        ),
+        (
+            "Qwen3_5ForConditionalGeneration",
+            {"model_type": "qwen3_5", "text_config": TEXT | {"model_type": "qwen3_5_text"}},
+            "state-space or linear-attention layers",
+        ),
+        (
+            "NemotronH_Nano_VL_V2",
+            {"model_type": "NemotronH_Nano_VL_V2"},
+            "state-space or linear-attention layers",
+        ),
+        ("MllamaForConditionalGeneration", {"model_type": "mllama"}, "cross attention"),
+        ("LlamaForCausalLM", {"model_type": "llama", **TEXT}, "reads no pictures"),
+        (
+            "LlavaVidForCausalLM",
+            {
+                "model_type": "llava",
+                "text_config": TEXT | {"model_type": "llama"},
+                "vision_config": CLIP,
+                **TEXT,
+            },
+            "SGLang 0.5.23 itself fails to serve",
+        ),
+    ],
+)
+def test_out_of_reach(
+    tmp_path: Path, architecture: str, config: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], **config}))
+    assert reason in (out_of_reach(ModelConfig(str(tmp_path))) or "")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"])
+def test_within_reach(tmp_path: Path, family: str) -> None:
+    from tests import factories
+
+    model = ModelConfig(str(getattr(factories, f"make_{family}")(tmp_path)))
+    assert model.hf_config.architectures[0] in ARCHITECTURES
+    assert out_of_reach(model) is None and model.is_multimodal
