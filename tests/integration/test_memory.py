@@ -312,8 +312,8 @@ def test_a_pool_too_small_for_the_columns(small_server: Server) -> None:
             if name == "sglang:aircache_requests_left_alone_total"
         }
     )
-    # 504 visual tokens and 252 columns, in a pool of 900; then 30 tokens of answer and text.
-    prompt = Prompt((PICTURE + " and ") * 3 + "so on " * 60, (5, 11, 17), 0.5)
+    # 504 visual tokens, 252 columns and 30 tokens of answer in a pool of 900; text does the rest.
+    prompt = Prompt((PICTURE + " and ") * 3 + "so on " * 75, (5, 11, 17), 0.5)
     assert prompt.n_visual == 504
     answer = small_server.post("/generate", prompt.body(30))
     assert answer["meta_info"]["aircache"] is None
