@@ -136,7 +136,9 @@ def serving_tables(rows: list[Row]) -> Iterator[str]:
                     continue
 
                 def relative(name: str, found: list[Row] = found, stock: list[Row] = stock) -> str:
-                    return f"{median(found, name) / median(stock, name):.2f}"
+                    # A count read in the middle of a very short decode may have missed it.
+                    base = median(stock, name)
+                    return f"{median(found, name) / base:.2f}" if base else "-"
 
                 share = median(found, lambda row: row["pass_seconds"] / row["prefill_seconds"])
                 line = [f"{batch} x {n}", setting(retention)]
