@@ -278,9 +278,9 @@ def test_bad_overrides(aircache_server: Server, overrides: Any, named: list[str]
 
 
 def test_a_bad_request_harms_no_other(server: Server) -> None:
-    expected = ask(server, PICTURE, SELECTION, max_new_tokens=150)
+    expected = ask(server, PICTURE, SELECTION, max_new_tokens=300)
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(ask, server, PICTURE, SELECTION, max_new_tokens=150)
+        running = threads.submit(ask, server, PICTURE, SELECTION, max_new_tokens=300)
         for _ in range(5):
             for prompt in (PICTURE, TEXT):
                 with pytest.raises(ServerError, match="HTTP 400"):
