@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
@@ -109,8 +107,3 @@ def register() -> None:
     HookRegistry.register(TARGET, AirCacheServerArgs, HookType.REPLACE)
     # A class attribute, which the registry's propagation to module globals does not reach.
     Engine.server_args_class = AirCacheServerArgs
-
-
-def is_registered(server_args: Any) -> bool:
-    """Whether a record carries our flags."""
-    return isinstance(server_args, AirCacheServerArgs)

@@ -8,7 +8,6 @@ comes out readable, differs between pictures, and never ends by itself.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.factories.checkpoint import write_json
 from tests.factories.vocabulary import WORDS, build_tokenizer
 
 PATCH = 14
@@ -179,20 +179,20 @@ def make_qwen2_vl(
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", config)
-    _write_json(
+    write_json(folder / "config.json", config)
+    write_json(
         folder / "generation_config.json",
         {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
         pixels | {"image_processor_type": "Qwen2VLImageProcessor"},
     )
-    _write_json(
+    write_json(
         folder / "video_preprocessor_config.json",
         pixels | {"video_processor_type": "Qwen2VLVideoProcessor"},
     )
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "add_prefix_space": False,
@@ -285,7 +285,3 @@ def _weights(
     linear("visual.merger.mlp.0", merged, merged)
     linear("visual.merger.mlp.2", hidden, merged, gain=1.7)
     return weights
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
