@@ -57,6 +57,10 @@ def make_qwen2_vl(
     vision_depth: int = 2,
     vision_dim: int = 32,
     words: tuple[str, ...] = WORDS,
+    bare_words: tuple[str, ...] = (),
+    rope_theta: float = 1_000_000.0,
+    mrope_section: tuple[int, int, int] | None = None,
+    tie_word_embeddings: bool = False,
     max_position_embeddings: int = 32_768,
     min_pixels: int = 56 * 56,
     max_pixels: int = 28 * 28 * 1280,
@@ -77,6 +81,10 @@ def make_qwen2_vl(
             the hidden size.
         vision_depth, vision_dim: blocks and width of the vision tower (2 heads).
         words: the words that the model can say; each is one token.
+        bare_words: words that are one token without a leading space.
+        rope_theta, mrope_section: of the rotary embedding; the section defaults to Qwen2-VL's
+            proportions.
+        tie_word_embeddings: whether the output layer is the embedding.
         attention_gain: standard deviation of the attention logits, on average over layers.
         dtype: "float32", "bfloat16" or "float16": of the stored weights, and in the config.
         seed: of the weights.
@@ -102,7 +110,7 @@ def make_qwen2_vl(
     hidden_size = heads * head_dim
     if intermediate_size is None:
         intermediate_size = 2 * hidden_size
-    tokenizer, word_ids = build_tokenizer(tuple(words))
+    tokenizer, word_ids = build_tokenizer(tuple(words), bare=tuple(bare_words))
     # Tensor parallelism splits the vocabulary: keep it even.
     vocab_size = math.ceil(tokenizer.get_vocab_size() / 64) * 64
 
@@ -113,6 +121,10 @@ def make_qwen2_vl(
 
     half = head_dim // 2
     side = 3 * half // 8
+    if mrope_section is None:
+        mrope_section = (half - 2 * side, side, side)
+    if sum(mrope_section) != half:
+        raise ValueError(f"mrope_section must add up to {half}, got {mrope_section}")
     config: dict[str, Any] = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -135,10 +147,10 @@ def make_qwen2_vl(
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * side, side, side]},
-        "rope_theta": 1_000_000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(mrope_section)},
+        "rope_theta": rope_theta,
         "sliding_window": max_position_embeddings,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tie_word_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
         "use_sliding_window": False,
@@ -258,11 +270,12 @@ def _weights(
         linear(f"{prefix}.mlp.up_proj", inner, hidden, bias=False)
         linear(f"{prefix}.mlp.down_proj", hidden, inner, bias=False)
     norm("model.norm", hidden, bias=False)
-    normal("lm_head.weight", config["vocab_size"], hidden, std=2.0 / math.sqrt(hidden))
-    silent = torch.ones(config["vocab_size"], dtype=torch.bool)
-    silent[word_ids] = False
-    # Their logits stay near 0, below the best of hundreds of words.
-    weights["lm_head.weight"][silent] *= 0.05
+    if not config["tie_word_embeddings"]:
+        normal("lm_head.weight", config["vocab_size"], hidden, std=2.0 / math.sqrt(hidden))
+        silent = torch.ones(config["vocab_size"], dtype=torch.bool)
+        silent[word_ids] = False
+        # Their logits stay near 0, below the best of hundreds of words.
+        weights["lm_head.weight"][silent] *= 0.05
 
     vision = config["vision_config"]
     dim = vision["embed_dim"]

@@ -55,18 +55,18 @@ _SPLIT = (
 
 
 def build_tokenizer(
-    words: tuple[str, ...], extra: tuple[str, ...] = ()
+    words: tuple[str, ...], extra: tuple[str, ...] = (), bare: tuple[str, ...] = ()
 ) -> tuple[Tokenizer, list[int]]:
     """Return a tokenizer with every byte, ``words`` and SPECIAL_TOKENS, and the ids of the words.
 
     Each word is one token with its leading space; the ids are those tokens', in the order given.
-    ``extra`` are further special tokens, of families that have their own.
+    ``extra`` are further special tokens, of families that have their own; ``bare`` are words that
+    are one token without a leading space.
     """
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: dict[tuple[str, str], None] = {}
-    for word in words:
-        merged = "Ġ"
-        for letter in word:
+    for merged, letters in [("Ġ", word) for word in words] + [(w[0], w[1:]) for w in bare]:
+        for letter in letters:
             merges.setdefault((merged, letter))
             merged += letter
             vocab.setdefault(merged, len(vocab))

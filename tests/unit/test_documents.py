@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rendered pages, their questions, and the batches that the model is trained on."""
+
+from __future__ import annotations
+
+import signal
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+from benchmarks.documents import model as documents_model
+from benchmarks.documents import train
+from benchmarks.documents.pages import CELL, CHARACTERS, render
+from benchmarks.documents.questions import (
+    EVALUATED,
+    KINDS,
+    LARGE,
+    TEMPLATES,
+    Layout,
+    document,
+    evaluation_set,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_fixed_and_answerable(kind: str) -> None:
+    first, again = evaluation_set(kind, 5), evaluation_set(kind, 5)
+    assert [(q.prompt, q.answer, q.id) for q in first] == [
+        (q.prompt, q.answer, q.id) for q in again
+    ]
+    assert len({q.id for q in first}) == 5
+    for question, other in zip(first, again, strict=True):
+        pages = question.images()
+        assert sum(p.width * p.height for p in pages) // CELL**2 == EVALUATED[kind].visual_tokens
+        assert all(
+            np.array_equal(np.asarray(a), np.asarray(b))
+            for a, b in zip(pages, other.images(), strict=True)
+        )
+        assert 5 <= len(question.answer) <= 16
+        # Only the page can tell.
+        assert question.answer not in question.prompt
+        assert any(question.answer in line for sheet in question.sheets for line in sheet.text)
+
+
+@pytest.mark.parametrize("layout", [*EVALUATED.values(), *LARGE.values(), *train.LADDER["cell"]])
+def test_no_answer_is_both_trained_and_evaluated(layout: Layout) -> None:
+    generator = np.random.default_rng(0)
+    for held_out in (False, True):
+        made = document(layout, generator, held_out=held_out)
+        assert all((zlib.crc32(a.encode()) % 8 == 0) is held_out for _, a in made.asks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_has_one_answer(kind: str) -> None:
+    made = document(EVALUATED[kind], np.random.default_rng(1), held_out=False)
+    asked = [tuple(sorted(slots.items())) for slots, _ in made.asks]
+    assert len(set(asked)) == len(asked)
+    assert all("{" not in t.format(**made.asks[0][0]) for t in TEMPLATES[kind])
+
+
+def test_bad_layouts_and_kinds_are_named() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'poem'"):
+        Layout("poem", 16, 16)
+    with pytest.raises(ValueError, match="at least 3 rows, 16 columns and 1 page, got 2, 16 and 1"):
+        Layout("value", 2, 16)
+    with pytest.raises(ValueError, match="got 'poem'"):
+        evaluation_set("poem", 1)
+    with pytest.raises(ValueError, match="not be negative, got -1"):
+        evaluation_set("value", -1)
+
+
+def test_print_can_be_read() -> None:
+    """Ink and paper differ in every rendering, and every character looks different."""
+    made = document(EVALUATED["value"], np.random.default_rng(2), held_out=False)
+    for seed in range(8):
+        pixels = render(made.sheets[0], np.random.default_rng(seed)).astype(float).mean(-1)
+        low, high = np.percentile(pixels, (2, 99.5))
+        assert high - low > 60
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents") / "model"
+    documents_model.write_untrained(folder)
+    return folder
+
+
+def test_packed_questions_equal_transformers(checkpoint: Path) -> None:
+    """Questions side by side on shared pages give the logits of each alone, by Transformers."""
+    model, tokenizer = documents_model.load(checkpoint)
+    documents_model.initialise(model, 0)
+    model.eval()
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    stock.load_state_dict(model.state_dict())
+    stock.eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    generator = np.random.default_rng(0)
+    made = [document(Layout("page", 5, 16, 2), generator, held_out=False) for _ in range(2)]
+    batch = documents_model.make_batch(made, 3, "page", tokenizer, generator)
+    with torch.no_grad():
+        logits, targets = documents_model.answer_logits(
+            model, batch, tokenizer, dtype=torch.float32
+        )
+    content = [{"type": "image"}] * 2 + [{"type": "text", "text": "?"}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    prefix = prompt[: prompt.index("?")]
+    done = 0
+    for pages, texts, wanted in zip(batch.pages, batch.text, batch.targets, strict=True):
+        images = [Image.fromarray(page) for page in pages]
+        for text, target in zip(texts, wanted, strict=True):
+            places = (target != documents_model.IGNORED).nonzero().flatten()
+            inputs = processor(text=[prefix], images=images, return_tensors="pt")
+            asked = text[None, : int(places[-1]) + 1]
+            # The prompt ends as the chat template says.
+            until = int(places[0]) + 1
+            assert prompt.endswith(tokenizer.decode(text[until - 5 : until]))
+            with torch.no_grad():
+                alone = stock(
+                    input_ids=torch.cat([inputs["input_ids"], asked], 1),
+                    mm_token_type_ids=torch.cat(
+                        [inputs["mm_token_type_ids"], torch.zeros_like(asked)], 1
+                    ),
+                    pixel_values=inputs["pixel_values"],
+                    image_grid_thw=inputs["image_grid_thw"],
+                ).logits[0, -len(places) :]
+            assert torch.equal(targets[done : done + len(places)], target[places])
+            error = (alone - logits[done : done + len(places)]).abs().max().item()
+            assert error < 1e-4, error
+            done += len(places)
+    assert done == len(logits)
+
+
+def test_every_character_and_word_is_one_token(checkpoint: Path) -> None:
+    _, tokenizer = documents_model.load(checkpoint)
+    assert len(set(documents_model.character_ids(tokenizer).tolist())) == len(CHARACTERS)
+    assert tokenizer.tokenize("what is the value of A7Q?") == [
+        *("what", "Ġis", "Ġthe", "Ġvalue", "Ġof", "Ġ", "A", "7", "Q", "?")
+    ]
+
+
+def interrupted(*arguments: Any) -> Any:
+    signal.raise_signal(signal.SIGTERM)
+    return documents_model.make_batch(*arguments)
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after 2 of 4 steps and started again: the same weights as in one go."""
+    monkeypatch.setattr(train, "READING_STEPS", 1)
+    monkeypatch.setattr(train, "TOKENS", 300)
+    monkeypatch.setattr(train, "QUESTIONS", 4)
+    outputs = []
+    for name in ("whole", "parts"):
+        work, output = tmp_path / name, tmp_path / f"{name}-out"
+        arguments = ["--work", str(work), "--steps", "4", "--threads", "1", "--output", str(output)]
+        if name == "parts":
+            batches = iter((train.make_batch, interrupted))
+            with monkeypatch.context() as patched:
+                patched.setattr(train, "make_batch", lambda *args, b=batches: next(b)(*args))
+                assert train.main(arguments) == 130
+            assert not output.exists()
+        assert train.main(arguments) == 0
+        outputs.append((output / "model.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_a_warm_start_from_nowhere_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--work", str(tmp_path), "--warm-start", str(tmp_path / "none")])
+    assert "none holds no model" in capsys.readouterr().err
