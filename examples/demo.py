@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model, served by stock SGLang and with AirCache, asked the same questions.
+"""The repository's model, served by stock SGLang and with AirCache, reads the same invoice.
 
 Run it from the repository's root with `make demo`. It needs no network and no GPU, starts one
 server at a time on 127.0.0.1, and ends each before it returns.
@@ -12,7 +12,6 @@ import dataclasses
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -21,21 +20,24 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from examples.page import TOKEN_PIXELS, invoice
-from tests.factories import make_qwen2_vl
+from benchmarks.documents.model import CHECKPOINT
+from benchmarks.documents.pages import CELL
+from examples.page import Invoice, invoice
 from tests.support import Server, ServerError
 
-QUESTIONS = (
-    "what must be paid?",
-    "which town is named at the top of the page?",
-    "how many chairs are there, and what do they cost?",
-)
+# Code on the invoice, and how it is asked for.
+QUESTIONS = {
+    "SUM": "what is the value of SUM?",
+    "DAY": "find DAY and copy the value beside it",
+    "REF": "please look up REF",
+    "TEL": "which value belongs to TEL?",
+}
 RETENTIONS = (1.0, 0.5, 0.1)
 WATCHED_TOKENS = 32
-# The visual KV of a page is 20 MB here, more than twice the weights.
-MODEL = {"layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 64, "intermediate_size": 256}
+TOKENS = 16
 FLAGS = (
-    *("--device", "cpu", "--max-total-tokens", "16384", "--context-length", "8192"),
+    *("--device", "cpu", "--dtype", "float32"),
+    *("--max-total-tokens", "16384", "--context-length", "8192"),
     # Timings in meta_info; a fresh count of the pool at every step; no polling while idle.
     *("--enable-metrics", "--load-snapshot-publish-interval", "1", "--sleep-on-idle"),
 )
@@ -47,6 +49,7 @@ class Row:
 
     name: str
     answers: list[str] = dataclasses.field(default_factory=list)
+    right: int = 0
     reports: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
     token_seconds: list[float] = dataclasses.field(default_factory=list)
     kv_in_use: int = 0
@@ -89,25 +92,30 @@ class KvWatch:
                 self.samples.append(load["num_used_tokens"])
 
 
-def ask(
-    server: Server, name: str, page: Image.Image, tokens: int, overrides: dict[str, Any] | None
-) -> Row:
+def ask(server: Server, name: str, page: Invoice, overrides: dict[str, Any] | None) -> Row:
     """Ask every question on `page`, one after the other, on an empty cache."""
-    row = Row(name)
+    row, picture = Row(name), page.image()
     server.flush_cache()
     fields: dict[str, Any] = {"return_meta_info": True}
     if overrides:
         fields["custom_params"] = {"aircache": overrides}
-    for question in QUESTIONS:
-        answer = server.chat(question, images=[page], max_tokens=tokens, **fields)
+    for code, question in QUESTIONS.items():
+        answer = server.chat(question, images=[picture], max_tokens=TOKENS, **fields)
         choice = answer["choices"][0]
         meta = choice["meta_info"]
         row.answers.append(choice["message"]["content"])
+        row.right += row.answers[-1] == page.facts[code]
         row.reports.append(meta.get("aircache"))
         row.token_seconds.append(1 / meta["decode_throughput"])
     # Once more, watched: the reading would disturb the timings.
     with KvWatch(server) as watch:
-        server.chat(QUESTIONS[0], images=[page], max_tokens=WATCHED_TOKENS, **fields)
+        server.chat(
+            QUESTIONS["SUM"],
+            images=[picture],
+            max_tokens=WATCHED_TOKENS,
+            ignore_eos=True,
+            **fields,
+        )
     if not watch.samples:
         raise ServerError(f"no reading of the KV tokens in use, {name}")
     # The last one is of the decode: until the prefill ends it holds all visual slots.
@@ -119,12 +127,11 @@ def table(rows: Sequence[Row], n_visual: int) -> str:
     """The rows as text; the first is stock SGLang's."""
     head = (
         *("", "visual tokens", "columns", "slots freed", "KV tokens in use", "ms per token"),
-        "answers as stock",
+        "right answers",
     )
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         report = row.reports[0]
-        same = sum(a == b for a, b in zip(row.answers, rows[0].answers, strict=True))
         lines.append(
             (
                 row.name,
@@ -133,7 +140,7 @@ def table(rows: Sequence[Row], n_visual: int) -> str:
                 str(report["slots_freed"]) if report else "0",
                 str(row.kv_in_use),
                 f"{1000 * statistics.median(row.token_seconds):.1f}",
-                "-" if row is rows[0] else f"{same} of {len(row.answers)}",
+                f"{row.right} of {len(row.answers)}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -159,9 +166,9 @@ def selection_picture(page: Image.Image, report: dict[str, Any]) -> Image.Image:
     for place, layer in enumerate(layers):
         panel = dimmed.copy()
         for ordinal in report["selection"][layer][0]:
-            y, x = divmod(ordinal, width // TOKEN_PIXELS)
-            corner = (x * TOKEN_PIXELS, y * TOKEN_PIXELS)
-            box = (*corner, corner[0] + TOKEN_PIXELS, corner[1] + TOKEN_PIXELS)
+            y, x = divmod(ordinal, width // CELL)
+            corner = (x * CELL, y * CELL)
+            box = (*corner, corner[0] + CELL, corner[1] + CELL)
             panel.paste(page.crop(box), corner)
         left = place * (width + 16)
         sheet.paste(panel, (left, header))
@@ -170,57 +177,54 @@ def selection_picture(page: Image.Image, report: dict[str, Any]) -> Image.Image:
     return sheet
 
 
-def run(folder: Path, tokens: int, picture: Path, say: Progress) -> bool:
+def run(picture: Path, say: Progress) -> bool:
     """Everything between the parsed arguments and the verdict on retention 1."""
-    say("writing a Qwen2-VL checkpoint with random weights, and drawing an invoice")
-    checkpoint = make_qwen2_vl(folder / "model", max_pixels=28 * 28 * 1536, **MODEL)
     page = invoice()
-    n_visual = (page.width // TOKEN_PIXELS) * (page.height // TOKEN_PIXELS)
+    rows, columns = page.sheet.shape
     picture.parent.mkdir(parents=True, exist_ok=True)
-
-    rows = []
+    found = []
     say("starting stock SGLang: --kv-policy none")
-    with server_of(checkpoint, "none", picture.parent) as server:
-        server.chat(QUESTIONS[0], images=[page], max_tokens=4)  # first use costs more
-        say(f"asking {len(QUESTIONS)} questions, {tokens} tokens each")
-        rows.append(ask(server, "none", page, tokens, None))
+    with server_of("none", picture.parent) as server:
+        server.chat(QUESTIONS["SUM"], images=[page.image()], max_tokens=4)  # first use costs more
+        say(f"asking {len(QUESTIONS)} questions about an invoice of {rows * columns} visual tokens")
+        found.append(ask(server, "none", page, None))
         say("stopping it")
 
     say("starting SGLang with AirCache: --kv-policy aircache")
-    with server_of(checkpoint, "aircache", picture.parent) as server:
-        server.chat(QUESTIONS[0], images=[page], max_tokens=4)
+    with server_of("aircache", picture.parent) as server:
+        server.chat(QUESTIONS["SUM"], images=[page.image()], max_tokens=4)
         for retention in RETENTIONS:
             say(f"asking the same questions at retention {retention:g}")
             name = f"aircache, retention {retention:g}"
-            rows.append(ask(server, name, page, tokens, {"retention": retention}))
+            found.append(ask(server, name, page, {"retention": retention}))
         answer = server.chat(
-            QUESTIONS[0],
-            images=[page],
+            QUESTIONS["SUM"],
+            images=[page.image()],
             max_tokens=2,
             return_meta_info=True,
             custom_params={"aircache": {"retention": RETENTIONS[-1], "return_selection": True}},
         )
         say("stopping it")
 
-    selection_picture(page, answer["choices"][0]["meta_info"]["aircache"]).save(picture)
-    print(f"\n{table(rows, n_visual)}\n")
-    print("The weights are random, so the words mean nothing; the memory and the timings are real.")
-    print(f"The first words at retention 1: {' '.join(rows[1].answers[0].split()[:8])} ...")
-    print(f"The visual tokens that three layers keep at retention {RETENTIONS[-1]:g}: {picture}")
-    return rows[1].answers == rows[0].answers
+    report = answer["choices"][0]["meta_info"]["aircache"]
+    selection_picture(page.image(), report).save(picture)
+    print(f"\n{table(found, rows * columns)}\n")
+    for question, *answers in zip(QUESTIONS.values(), *(row.answers for row in found), strict=True):
+        print(f"  {question:40}{'  '.join(answers)}")
+    print(f"\nThe visual tokens that three layers keep at retention {RETENTIONS[-1]:g}: {picture}")
+    return found[1].answers == found[0].answers
 
 
-def server_of(checkpoint: Path, policy: str, folder: Path) -> Server:
-    """A server of the checkpoint, not yet started; its log goes to `folder`."""
+def server_of(policy: str, folder: Path) -> Server:
+    """A server of the model, not yet started; its log goes to `folder`."""
     log = folder / f"demo-{policy}.log"
-    return Server(checkpoint, [*FLAGS, "--kv-policy", policy], log=log)
+    return Server(CHECKPOINT, [*FLAGS, "--kv-policy", policy], log=log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description="Stock SGLang and AirCache, side by side."
     )
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per answer (default 48)")
     parser.add_argument(
         "--picture",
         type=Path,
@@ -228,25 +232,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the picture of the kept tokens goes (default build/demo-selection.png)",
     )
     arguments = parser.parse_args(argv)
-    if not 2 <= arguments.tokens <= 512:
-        parser.error(f"--tokens must be between 2 and 512, got {arguments.tokens}")
 
     if threading.current_thread() is threading.main_thread():
         # Leave through the servers' context managers, which end them.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     say = Progress()
-    with tempfile.TemporaryDirectory(prefix="aircache-demo-") as folder:
-        try:
-            same = run(Path(folder), arguments.tokens, arguments.picture, say)
-        except (ServerError, OSError) as error:
-            # A server's error is followed by the end of its log.
-            reason = str(error).partition("\n")[0]
-            logs = arguments.picture.parent / "demo-*.log"
-            print(f"The demo failed: {reason}; the servers' logs are {logs}.", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("The demo was interrupted; its servers are stopped.", file=sys.stderr)
-            return 130
+    try:
+        same = run(arguments.picture, say)
+    except (ServerError, OSError) as error:
+        # A server's error is followed by the end of its log.
+        reason = str(error).partition("\n")[0]
+        logs = arguments.picture.parent / "demo-*.log"
+        print(f"The demo failed: {reason}; the servers' logs are {logs}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("The demo was interrupted; its servers are stopped.", file=sys.stderr)
+        return 130
     if not same:
         print("The demo failed: retention 1 did not answer as stock SGLang does.", file=sys.stderr)
         return 1

@@ -1,46 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An invoice, drawn: text in a few places and much empty paper, as scanned pages are."""
+"""An invoice that the repository's own model can read: a code and a value in every line."""
 
 from __future__ import annotations
 
-import random
+import dataclasses
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
-TOKEN_PIXELS = 28  # Qwen2-VL: one visual token is a square of 28 x 28 pixels
-GOODS = ("paper", "chairs", "table", "lamps", "window glass", "garden tools", "train tickets")
+from benchmarks.documents.pages import LETTERS, Sheet, render
+
+WIDTH = 16  # cells of one entry: a code of three, a blank, a value of five to eleven
 
 
-def invoice(number: int = 1, *, columns: int = 32, rows: int = 45) -> Image.Image:
-    """A page of `columns` x `rows` visual tokens, at least 20 x 30; its text follows `number`."""
-    if columns < 20 or rows < 30:
-        raise ValueError(f"an invoice needs at least 20 x 30 tokens, got {columns} x {rows}")
-    pick = random.Random(number)
-    width, height = columns * TOKEN_PIXELS, rows * TOKEN_PIXELS
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    title, body = ImageFont.load_default(size=40), ImageFont.load_default(size=20)
-    left, right = 48, width - 48
+@dataclasses.dataclass(frozen=True)
+class Invoice:
+    """facts: what stands beside each code, in the order of the page."""
 
-    draw.text((left, 48), "INVOICE", fill="black", font=title)
-    draw.text((right, 58), f"No. {2000 + number}", fill="black", font=body, anchor="ra")
-    draw.rectangle((left, 120, right, 126), fill="navy")
-    for i, line in enumerate(("North Lake Paper House", "9 Bridge Street", "River Town")):
-        draw.text((left, 150 + 28 * i), line, fill="black", font=body)
+    sheet: Sheet
+    facts: dict[str, str]
 
-    top = 290
-    draw.rectangle((left, top, right, top + 36), fill="lightgray")
-    for x, name, anchor in ((left + 8, "Item", "la"), (right - 8, "Price", "ra")):
-        draw.text((x, top + 6), name, fill="black", font=body, anchor=anchor)
-    total = 0
-    for i in range(7):
-        y = top + 46 + 40 * i
-        price = pick.randint(3, 900)
-        total += price
-        draw.text((left + 8, y), f"{pick.randint(1, 12)} x {pick.choice(GOODS)}", "black", body)
-        draw.text((right - 8, y), f"{price}.00", "black", body, anchor="ra")
-        draw.line((left, y + 32, right, y + 32), fill="lightgray")
-    y = top + 46 + 40 * 7 + 10
-    draw.text((right - 8, y), f"Total  {total}.00", fill="darkred", font=title, anchor="ra")
-    draw.text((left, height - 70), "Please pay within 30 days.", fill="gray", font=body)
-    return page
+    def image(self) -> Image.Image:
+        """The page, 28 pixels a cell; the same pixels each time."""
+        return Image.fromarray(render(self.sheet, np.random.default_rng(len(self.facts))))
+
+
+def invoice(number: int = 1, *, rows: int = 16, blocks: int = 1) -> Invoice:
+    """A page of `rows` x `16 * blocks` visual tokens, full of entries; all follows `number`."""
+    if rows < 8 or blocks < 1:
+        raise ValueError(f"an invoice needs at least 8 rows and 1 block, got {rows} and {blocks}")
+    pick = np.random.default_rng(number)
+    facts = {
+        "REF": f"N{20000 + number}",
+        "DAY": f"202611{pick.integers(10, 28)}",
+        "TEL": f"0{pick.integers(10**8, 10**9)}",
+    }
+    net = 0
+    while len(facts) < rows * blocks - 3:
+        price = int(pick.integers(10, 900))
+        facts.setdefault(
+            f"{LETTERS[pick.integers(len(LETTERS))]}{pick.integers(10, 100)}", f"{price}EUR"
+        )
+        net += price
+    facts |= {"NET": f"{net}EUR", "TAX": f"{net // 5}EUR", "SUM": f"{net + net // 5}EUR"}
+    entries = [f"{code} {value}".ljust(WIDTH) for code, value in facts.items()]
+    bold = np.zeros((rows, WIDTH * blocks), dtype=np.bool_)
+    for block in range(blocks):
+        bold[:, block * WIDTH : block * WIDTH + 3] = True
+    lines = ("".join(entries[row::rows]) for row in range(rows))
+    return Invoice(Sheet(tuple(lines), bold), facts)

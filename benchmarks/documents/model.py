@@ -38,6 +38,9 @@ SHAPE: dict[str, Any] = {
 }
 EMBEDDING_STD = 0.1
 IGNORED = -100
+GUIDED_FROM = 2  # layer; those below see too little of the question
+KEEP_EVERYTHING = 0.3  # share of the questions whose answers see the whole page
+GUIDED_TOKENS = 5  # <|im_end|> to the end: whatever the wording, the question is known
 
 
 def write_untrained(folder: Path) -> None:
@@ -187,12 +190,14 @@ class Batch:
 
     pages: uint8 [B, pages, H, W, 3]; prefix: the tokens before, between and after the pages;
     text: int64 [B, Q, T] questions and answers, padded; targets: int64 [B, Q, T], IGNORED
-    outside the answers, already shifted.
+    outside the answers, already shifted; evidence: bool [B, Q, cells of all pages], where the
+    answer stands.
     """
 
     pages: np.ndarray
     text: torch.Tensor
     targets: torch.Tensor
+    evidence: torch.Tensor
 
 
 def make_batch(
@@ -200,15 +205,19 @@ def make_batch(
 ) -> Batch:
     """Render the documents and draw `questions` questions about each."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    rows, drawn = [], []
+    rows, drawn, places = [], [], []
     for made in documents:
         drawn.append(np.stack([render(sheet, generator) for sheet in made.sheets]))
         chosen = generator.choice(len(made.asks), questions, replace=len(made.asks) < questions)
         for index in chosen:
-            slots, answer = made.asks[index]
-            prompt = f"{wording(kind, slots, generator)}<|im_end|>\n<|im_start|>assistant\n"
+            ask = made.asks[index]
+            prompt = f"{wording(kind, ask.slots, generator)}<|im_end|>\n<|im_start|>assistant\n"
             asked = tokenizer.encode(prompt, add_special_tokens=False)
-            rows.append((asked, [*tokenizer.encode(answer, add_special_tokens=False), end]))
+            rows.append((asked, [*tokenizer.encode(ask.answer, add_special_tokens=False), end]))
+            page, row, column = ask.place
+            cells = torch.zeros(len(made.sheets), *made.sheets[0].shape, dtype=torch.bool)
+            cells[page, row, column : column + len(ask.answer)] = True
+            places.append(cells.flatten())
     width = max(len(asked) + len(answer) for asked, answer in rows) - 1
     text = torch.full((len(rows), width), end)
     targets = torch.full((len(rows), width), IGNORED)
@@ -217,13 +226,14 @@ def make_batch(
         text[i, : len(whole) - 1] = whole[:-1]
         targets[i, len(asked) - 1 : len(whole) - 1] = torch.tensor(answer)
     shape = (len(documents), questions, width)
-    return Batch(np.stack(drawn), text.view(shape), targets.view(shape))
+    evidence = torch.stack(places).view(*shape[:2], -1)
+    return Batch(np.stack(drawn), text.view(shape), targets.view(shape), evidence)
 
 
 def embed(
     model: Qwen2VLForConditionalGeneration, batch: Batch, tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(embeddings [B, S, hidden], M-RoPE positions [3, 1, S], length of the shared prefix).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(embeddings [B, S, hidden], M-RoPE positions [3, 1, S], which of the prefix is visual).
 
     The pages come first, then the questions side by side, each in the place that it would have
     if it stood there alone.
@@ -249,11 +259,61 @@ def embed(
     ids = tokens("<|vision_end|>")
     parts.append(lookup(ids).expand(b, -1, -1))
     positions.append(torch.full((3, 1), at))
-    prefix = sum(part.shape[1] for part in parts)
+    visual = torch.cat([torch.full((part.shape[1],), i % 2 == 1) for i, part in enumerate(parts)])
     _, n_questions, length = batch.text.shape
     parts.append(lookup(batch.text).flatten(1, 2))
     positions.append((at + 1 + torch.arange(length)).repeat(n_questions).expand(3, -1))
-    return torch.cat(parts, 1), torch.cat(positions, 1).unsqueeze(1), prefix
+    return torch.cat(parts, 1), torch.cat(positions, 1).unsqueeze(1), visual
+
+
+class Guide:
+    """Makes a small model look at its evidence, and at little else, as large ones do.
+
+    Models trained on real pictures come to look at their evidence before they speak, and hardly
+    miss the tokens that no answer needs. A model this small looks up one character at a time, so
+    that no policy that watches the instruction could know what the answer will read. Two things
+    change that, both blind to policies: `loss` draws the attention of the prompt's last tokens to
+    where the answer stands, and answers are learned with visual KV dropped at random, the answer's
+    own cells excepted (below layer GUIDED_FROM: not excepted).
+    """
+
+    def __init__(self, batch: Batch, visual: torch.Tensor, seed: int | None) -> None:
+        """seed: of what is dropped; None drops nothing."""
+        last = (batch.targets != IGNORED).int().argmax(-1)  # [B, Q], the prompt's last token
+        self._rows = last[:, :, None] - torch.arange(GUIDED_TOKENS)
+        self._visual = visual.nonzero().view(-1)
+        self._wanted = batch.evidence / batch.evidence.sum(-1, keepdim=True)
+        self._losses: list[torch.Tensor] = []
+        self._random = None if seed is None else torch.Generator().manual_seed(seed)
+        length = batch.text.shape[2]
+        self._answers = (torch.arange(length) > last[:, :, None])[:, None, :, None, :, None]
+        self._evidence = torch.zeros(*last.shape, len(visual), dtype=torch.bool)
+        self._evidence[..., self._visual] = batch.evidence
+        self._text = ~visual
+        if self._random is not None:
+            keep = torch.rand(last.shape, generator=self._random)
+            everything = torch.rand(last.shape, generator=self._random) < KEEP_EVERYTHING
+            self._keep = torch.where(everything, 1.0, keep**3)[:, None, :, None]
+
+    def __call__(self, logits: torch.Tensor, layer: int) -> torch.Tensor:
+        """Logits [B, H_kv, Q, group, T, prefix] of a layer, -inf where an answer sees nothing."""
+        b, h, q, _, _, prefix = logits.shape
+        if layer >= GUIDED_FROM:
+            # One query head of each KV group; the others look where they need to.
+            index = self._rows[:, None, :, :, None].expand(b, h, q, GUIDED_TOKENS, prefix)
+            cells = logits[:, :, :, 0].gather(3, index)[..., self._visual].log_softmax(-1)
+            self._losses.append(-(cells * self._wanted[:, None, :, None]).sum(-1).mean())
+        if self._random is None:
+            return logits
+        kept = torch.rand((b, h, q, prefix), generator=self._random) < self._keep
+        kept |= self._text
+        if layer >= GUIDED_FROM:
+            kept |= self._evidence[:, None]
+        return logits.masked_fill(self._answers & ~kept[:, :, :, None, None], -torch.inf)
+
+    def loss(self) -> torch.Tensor:
+        """Mean cross entropy between the attention among visual cells and the answer's cells."""
+        return torch.stack(self._losses).mean()
 
 
 def branch_attention(
@@ -266,6 +326,7 @@ def branch_attention(
     scaling: float,
     prefix: int,
     branches: int,
+    guide: Guide,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in a prefix, and of each branch to the prefix and to itself.
@@ -300,6 +361,7 @@ def branch_attention(
     shared = logits(own_q.reshape(b, h, -1, d), k)
     own = logits(own_q.reshape(b, h, branches, group * length, d), own_k)
     own = own.view(b, h, branches, group, length, length).masked_fill(above(length), -torch.inf)
+    shared = guide(shared.view(b, h, branches, group, length, prefix), module.layer_idx)
     scores = torch.cat((shared.view(b, h, -1, prefix), own.view(b, h, -1, length)), -1)
     to_prefix, to_own = weights(scores).split((prefix, length), -1)
     second = to_prefix @ v
@@ -313,10 +375,19 @@ def branch_attention(
 
 
 def answer_logits(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, tokenizer: Any, *, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [N, vocabulary], targets [N]) at the N answer tokens of a batch."""
-    embeddings, positions, prefix = embed(model, batch, tokenizer)
+    model: Qwen2VLForConditionalGeneration,
+    batch: Batch,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    drop: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Guide]:
+    """(logits [N, vocabulary], targets [N], guide) at the N answer tokens of a batch.
+
+    drop: seed of the visual KV that the answers do not see; None shows all.
+    """
+    embeddings, positions, visual = embed(model, batch, tokenizer)
+    prefix, guide = len(visual), Guide(batch, visual, drop)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.model.language_model(
             inputs_embeds=embeddings,
@@ -325,10 +396,11 @@ def answer_logits(
             use_cache=False,
             prefix=prefix,
             branches=batch.text.shape[1],
+            guide=guide,
         ).last_hidden_state
     targets = batch.targets.flatten(1)
     wanted = targets != IGNORED
-    return model.lm_head(hidden[:, prefix:][wanted].float()), targets[wanted]
+    return model.lm_head(hidden[:, prefix:][wanted].float()), targets[wanted], guide
 
 
 def character_ids(tokenizer: Any) -> torch.Tensor:

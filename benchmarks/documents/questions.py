@@ -81,11 +81,20 @@ LARGE = {"value": Layout("value", 32, 32), "line": Layout("line", 32, 32)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Ask:
+    """What can be asked: the question's slots, the answer, and its (page, row, first column)."""
+
+    slots: dict[str, str]
+    answer: str
+    place: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """Pages, and every (question's slots, answer) that can be asked about them."""
+    """Pages, and everything that can be asked about them."""
 
     sheets: tuple[Sheet, ...]
-    asks: tuple[tuple[dict[str, str], str], ...]
+    asks: tuple[Ask, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,36 +158,38 @@ def _blocks(layout: Layout) -> int:
 
 
 def _entries(
-    writer: _Writer, layout: Layout, keys: list[str], first_row: int
-) -> tuple[Sheet, dict[str, str]]:
+    writer: _Writer, layout: Layout, keys: list[str], first_row: int, page: int = 0
+) -> tuple[Sheet, list[Ask]]:
     """`key value` in every place of the page, in the order of `keys`."""
     cells, bold = _blank(layout)
-    values: dict[str, str] = {}
+    asks = []
     places = [
         (row, block * 16)
         for block in range(_blocks(layout))
         for row in range(first_row, layout.rows)
     ]
     for (row, column), key in zip(places, keys, strict=True):
-        values[key] = writer.answer(5, 16 - 2 - len(key))
+        answer = writer.answer(5, 16 - 2 - len(key))
         _print(cells, row, column, key)
-        _print(cells, row, column + len(key) + 1, values[key])
         bold[row, column : column + len(key)] = True
-    return _sheet(cells, bold), values
+        column += len(key) + 1
+        _print(cells, row, column, answer)
+        asks.append(Ask({"key": key}, answer, (page, row, column)))
+    return _sheet(cells, bold), asks
 
 
 def _value(writer: _Writer, layout: Layout) -> Document:
     keys = writer.distinct(ALPHABET, 3, layout.rows * _blocks(layout))
-    sheet, values = _entries(writer, layout, keys, 0)
-    return Document((sheet,), tuple(({"key": key}, values[key]) for key in keys))
+    sheet, asks = _entries(writer, layout, keys, 0)
+    return Document((sheet,), tuple(asks))
 
 
 def _line(writer: _Writer, layout: Layout) -> Document:
     count = layout.rows * _blocks(layout)
     first = int(writer.random.integers(10, 100 - count))
     keys = [str(first + i) for i in range(count)]
-    sheet, values = _entries(writer, layout, keys, 0)
-    return Document((sheet,), tuple(({"key": key}, values[key]) for key in keys))
+    sheet, asks = _entries(writer, layout, keys, 0)
+    return Document((sheet,), tuple(asks))
 
 
 def _cell(writer: _Writer, layout: Layout) -> Document:
@@ -196,7 +207,7 @@ def _cell(writer: _Writer, layout: Layout) -> Document:
         for j, column in enumerate(columns):
             text = writer.answer(5, width - 1)
             _print(cells, i, 3 + j * width, text)
-            asks.append(({"row": row, "column": column}, text))
+            asks.append(Ask({"row": row, "column": column}, text, (0, i, 3 + j * width)))
     return Document((_sheet(cells, bold),), tuple(asks))
 
 
@@ -206,12 +217,14 @@ def _page(writer: _Writer, layout: Layout) -> Document:
     for number in range(1, layout.pages + 1):
         # The same keys on every page, in another order.
         order = [keys[i] for i in writer.random.permutation(len(keys))]
-        sheet, values = _entries(writer, layout, order, 1)
+        sheet, found = _entries(writer, layout, order, 1, number - 1)
         heading = f"PAGE {number}"
         text = (heading.ljust(layout.columns), *sheet.text[1:])
         sheet.bold[0, : len(heading)] = True
         sheets.append(Sheet(text, sheet.bold))
-        asks += [({"key": key, "number": str(number)}, values[key]) for key in order]
+        asks += [
+            dataclasses.replace(ask, slots=ask.slots | {"number": str(number)}) for ask in found
+        ]
     return Document(tuple(sheets), tuple(asks))
 
 
@@ -249,8 +262,8 @@ def evaluation_set(kind: str, n: int, *, layout: Layout | None = None) -> list[Q
         seed = (2503, 23956, KINDS.index(kind), layout.visual_tokens, index)
         generator = np.random.default_rng(seed)
         made = document(layout, generator, held_out=True)
-        slots, answer = made.asks[generator.integers(len(made.asks))]
-        prompt = wording(kind, slots, generator)
+        ask = made.asks[generator.integers(len(made.asks))]
+        prompt = wording(kind, ask.slots, generator)
         name = f"{kind}-{layout.visual_tokens}-{index}"
-        questions.append(Question(name, kind, prompt, answer, made.sheets, seed))
+        questions.append(Question(name, kind, prompt, ask.answer, made.sheets, seed))
     return questions

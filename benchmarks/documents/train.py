@@ -48,21 +48,27 @@ READING_PAGES = ((4, 4), (4, 4), (4, 4), (4, 4), (16, 16))
 RATE = 1e-3
 WARMUP = 100
 DECAY = 0.25  # the last share of the steps, over which the rate falls to nothing
-ADVANCE = 0.9  # exact match, of the last batches, at which a kind's pages grow
+ADVANCE = 0.75  # exact match, of the last batches, at which a kind's pages grow
 WATCHED = 12  # batches
 TOKENS = 2800  # of a batch, about
 QUESTIONS = 16
 SAVE_SECONDS = 120
 BAR = 20
-FIRST = 8.0  # weight of an answer's first token in the loss
+GROUNDING = 0.2  # weight of the grounding loss
+FIRST = 4.0  # weight of an answer's first token in the loss
 
 LADDER: dict[str, tuple[Layout, ...]] = {
     **{
         kind: (*(Layout(kind, rows, 16) for rows in (4, 8, 16)), LARGE[kind])
         for kind in ("value", "line")
     },
-    "cell": tuple(Layout("cell", rows, 24) for rows in (4, 8, 12)),
+    "cell": (
+        Layout("cell", 4, 16),  # one column
+        Layout("cell", 4, 17),  # two
+        *(Layout("cell", rows, 24) for rows in (4, 8, 12)),
+    ),
     "page": (
+        Layout("page", 4, 16, 1),
         Layout("page", 4, 16, 2),
         Layout("page", 8, 16, 2),
         Layout("page", 16, 16, 2),
@@ -183,14 +189,18 @@ def learn_to_answer(
         batch = make_batch(documents, questions, layout.kind, tokenizer, generator)
         for group in optimizer.param_groups:
             group["lr"] = rate(progress.step, steps)
-        logits, targets = answer_logits(model, batch, tokenizer, dtype=torch.bfloat16)
+        drop = int(generator.integers(2**31))
+        logits, targets, guide = answer_logits(
+            model, batch, tokenizer, dtype=torch.bfloat16, drop=drop
+        )
         lengths = (batch.targets != IGNORED).sum(-1).flatten()
         # The first token is the hard one: it is found, the others are read on from it.
         weight = torch.ones(len(targets)).index_fill_(0, lengths.cumsum(0) - lengths, FIRST)
         losses = functional.cross_entropy(logits, targets, reduction="none")
         loss = (losses * weight).sum() / weight.sum()
+        grounded = guide.loss()
         optimizer.zero_grad()
-        loss.backward()
+        (loss + GROUNDING * grounded).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         right = (logits.argmax(-1) == targets).split(lengths.tolist())
@@ -217,6 +227,7 @@ def learn_to_answer(
                     kind: round(mean([x for x, _ in w], math.nan), 3) for kind, w in window.items()
                 },
                 exact={kind: round(mean(progress.recent[kind], 0.0), 3) for kind in KINDS},
+                grounding=round(grounded.item(), 2),
                 level=dict(progress.levels),
             )
         if time.monotonic() - saved > SAVE_SECONDS:

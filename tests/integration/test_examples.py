@@ -37,20 +37,20 @@ def run(module: str, *arguments: str) -> str:
 def test_engine_batch(checkpoint: Path, tmp_path: Path) -> None:
     pictures = [tmp_path / f"{number}.png" for number in (1, 2)]
     for number, picture in enumerate(pictures):
-        invoice(number, columns=20, rows=30).save(picture)
+        invoice(number, rows=24).image().save(picture)
     printed = run(
         *("examples.engine_batch", str(checkpoint), *map(str, pictures)),
         *("--device", "cpu", "--retention", "0.1", "--tokens", "8"),
     )
     for picture in pictures:
-        assert f"{picture}: 600 visual tokens in 60 columns, 540 slots freed" in printed
+        assert f"{picture}: 384 visual tokens in 38 columns, 346 slots freed" in printed
 
 
 def test_openai_client(aircache_server: Server, tmp_path: Path) -> None:
     picture = tmp_path / "invoice.png"
-    invoice(columns=20, rows=30).save(picture)
+    invoice(rows=24).image().save(picture)
     arguments = (aircache_server.url, str(picture), "what must be paid?", "--tokens", "8")
     printed = run("examples.openai_client", *arguments)
-    assert "The server kept 30 of 600 visual tokens' slots" in printed
+    assert "The server kept 19 of 384 visual tokens' slots" in printed
     printed = run("examples.openai_client", *arguments, "--retention", "1")
     assert "The server kept all of the visual KV." in printed

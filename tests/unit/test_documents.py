@@ -53,15 +53,17 @@ def test_no_answer_is_both_trained_and_evaluated(layout: Layout) -> None:
     generator = np.random.default_rng(0)
     for held_out in (False, True):
         made = document(layout, generator, held_out=held_out)
-        assert all((zlib.crc32(a.encode()) % 8 == 0) is held_out for _, a in made.asks)
+        assert all(
+            (zlib.crc32(a.encode()) % 8 == 0) is held_out for a in (ask.answer for ask in made.asks)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_question_has_one_answer(kind: str) -> None:
     made = document(EVALUATED[kind], np.random.default_rng(1), held_out=False)
-    asked = [tuple(sorted(slots.items())) for slots, _ in made.asks]
+    asked = [tuple(sorted(slots.items())) for slots in (ask.slots for ask in made.asks)]
     assert len(set(asked)) == len(asked)
-    assert all("{" not in t.format(**made.asks[0][0]) for t in TEMPLATES[kind])
+    assert all("{" not in t.format(**made.asks[0].slots) for t in TEMPLATES[kind])
 
 
 def test_bad_layouts_and_kinds_are_named() -> None:
@@ -104,7 +106,7 @@ def test_packed_questions_equal_transformers(checkpoint: Path) -> None:
     made = [document(Layout("page", 5, 16, 2), generator, held_out=False) for _ in range(2)]
     batch = documents_model.make_batch(made, 3, "page", tokenizer, generator)
     with torch.no_grad():
-        logits, targets = documents_model.answer_logits(
+        logits, targets, _ = documents_model.answer_logits(
             model, batch, tokenizer, dtype=torch.float32
         )
     content = [{"type": "image"}] * 2 + [{"type": "text", "text": "?"}]
