@@ -270,7 +270,7 @@ class Compressor:
             if intent is not None and req.last_node.replica is None:
                 stash = getattr(req, "aircache_stash", None)
                 if stash is None:
-                    stash = req.aircache_stash = QueryStash(intent.prompt.instruction)
+                    stash = req.aircache_stash = QueryStash(intent.scored)
                 work = stash.claim(prefix_len, prefix_len + extend_len, first_row)
                 if work is not None:
                     works.append(work)
