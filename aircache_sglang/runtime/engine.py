@@ -16,10 +16,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.attention import AttentionState, Decoder, adopt
+from aircache_sglang.runtime.attention import AttentionState, Decoder, Extender, adopt
 from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
-from aircache_sglang.runtime.extend import PackedExtend, plan_extend
+from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
@@ -63,17 +63,21 @@ class Compressor:
         )
         self.compress: CompressionPass
         decoder: Decoder
+        extender: Extender
         if decode == "triton":
             # Imported here: a CPU server needs no Triton.
             from aircache_sglang.runtime.kernel_decode import KernelDecoder
+            from aircache_sglang.runtime.kernel_extend import KernelExtender
             from aircache_sglang.runtime.kernel_pass import KernelPass
 
             self.compress = KernelPass(cells)
             decoder = KernelDecoder(pool, self.table, self.req_to_token)
+            extender = KernelExtender(pool, self.table, self.req_to_token)
         else:
             self.compress = TorchPass(cells, policy)
             decoder = TorchDecoder(pool, self.table, self.req_to_token)
-        self.attention = AttentionState(pool, decoder)
+            extender = TorchExtender(pool, self.req_to_token)
+        self.attention = AttentionState(pool, decoder, extender)
         adopt(model_runner.attn_backend, self.attention)
 
     def intent(self, req: Any) -> Intent | None:
@@ -225,6 +229,8 @@ class Compressor:
         self.attention.records = ()
         self.table.clear(batch.req_pool_indices)
         self.attention.extends = self._extends(batch)
+        if self.attention.extends:
+            self.attention.extender.plan(self.attention.extends)
         self.attention.stash_work = self._stash_work(batch)
         try:
             result = forward()
@@ -233,9 +239,9 @@ class Compressor:
         self._compress(batch.reqs)
         return result
 
-    def _extends(self, batch: Any) -> list[PackedExtend]:
-        """Enter the requests that extend a replica in the table, and plan their attention."""
-        extends: list[PackedExtend] = []
+    def _extends(self, batch: Any) -> list[ExtendJob]:
+        """The requests that extend a replica, entered in the table."""
+        extends: list[ExtendJob] = []
         first_row = 0
         for req, prefix_len, extend_len in zip(
             batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
@@ -243,19 +249,11 @@ class Compressor:
             record = self.records.get(req.kv.req_pool_idx)
             if record is not None and record.reused:
                 assert record.budgets is not None, "a replica has its budgets"
-                prompt, row = record.intent.prompt, self.req_to_token[record.row]
+                prompt = record.intent.prompt
+                assert prefix_len >= prompt.length, "a replica is extended behind its instruction"
                 self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
-                extends.append(
-                    plan_extend(
-                        record,
-                        row,
-                        prefix_len,
-                        prefix_len + extend_len,
-                        first_row,
-                        self.pool.layer_num,
-                        self.pool.rows,
-                    )
-                )
+                source = slice(first_row, first_row + extend_len)
+                extends.append(ExtendJob(record, prefix_len, prefix_len + extend_len, source))
             first_row += extend_len
         return extends
 

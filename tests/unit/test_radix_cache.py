@@ -50,6 +50,7 @@ from aircache_sglang.runtime.attention import AttentionState
 from aircache_sglang.runtime.compress import Cells, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.engine import Compressor
+from aircache_sglang.runtime.extend import TorchExtender
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
 from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
@@ -154,7 +155,9 @@ class World:
         )
         compressor.compress = TorchPass(cells, "aircache")
         decoder = TorchDecoder(self.pool, compressor.table, self.rows.req_to_token)
-        compressor.attention = AttentionState(self.pool, decoder)
+        compressor.attention = AttentionState(
+            self.pool, decoder, TorchExtender(self.pool, self.rows.req_to_token)
+        )
         self.compressor = compressor
         self.tree = AirCacheRadixCache(
             CacheInitParams(

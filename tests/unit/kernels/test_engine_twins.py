@@ -13,7 +13,9 @@ import torch
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
+from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
+from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
@@ -129,4 +131,35 @@ def test_decoders_agree() -> None:
         ]
         outputs.append(torch.stack([decoder.attend(q, layer, batch) for layer in layers]))
     assert torch.isfinite(outputs[0]).all()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+def test_extenders_agree() -> None:
+    """The last tokens of two requests, between others' rows, which stay as they are."""
+    sides = build(list(MIXED)), build(list(MIXED))
+    TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
+    KernelPass(sides[1].cells)(sides[1].jobs)
+    q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for side in sides:
+        jobs = []
+        for number, source in ((1, slice(3, 5)), (0, slice(9, 18))):
+            record, n = side.jobs[number].record, source.stop - source.start
+            end = record.intent.prompt.length + 2
+            jobs.append(ExtendJob(record, end - n, end, source))
+        extender = (
+            TorchExtender(side.pool, side.cells.req_to_token)
+            if side is sides[0]
+            else KernelExtender(side.pool, side.cells.table, side.cells.req_to_token)
+        )
+        extender.plan(jobs)
+        out = torch.full((L, *q.shape), 7.0)
+        for layer in range(L):
+            extender.attend(
+                q, out[layer], SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0)
+            )
+        outputs.append(out)
+    others = torch.ones(20, dtype=torch.bool)
+    others[3:5] = others[9:18] = False
+    assert (outputs[0][:, others] == 7.0).all() and not (outputs[0][:, ~others] == 7.0).any()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
