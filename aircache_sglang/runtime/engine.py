@@ -37,7 +37,7 @@ class Compressor:
     """
 
     def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
-        """policy: its name; decode: `torch` or `triton`, for the pass and for decode."""
+        """policy: its name; decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
@@ -58,25 +58,36 @@ class Compressor:
         )
         model = model_runner.model
         self.metrics = Metrics.create(policy)
-        cells = Cells(
-            pool.k_all, pool.v_all, self.req_to_token, self.table, heads, attention_scale(model)
-        )
+        layers = attention_layers(model)
+        scale = attention_scale(layers)
+        cells = Cells(pool.k_all, pool.v_all, self.req_to_token, self.table, heads, scale)
         self.compress: CompressionPass
         decoder: Decoder
         extender: Extender
-        if decode == "triton":
-            # Imported here: a CPU server needs no Triton.
+        if decode == "torch":
+            self.compress = TorchPass(cells, policy)
+            decoder = TorchDecoder(pool, self.table, self.req_to_token)
+            extender = TorchExtender(pool, self.req_to_token)
+        else:
+            # Imported here: a CPU server needs no Triton, and most need no FlashInfer.
+            from aircache_sglang.runtime.flashinfer_decode import FlashInferDecoder
             from aircache_sglang.runtime.kernel_decode import KernelDecoder
             from aircache_sglang.runtime.kernel_extend import KernelExtender
             from aircache_sglang.runtime.kernel_pass import KernelPass
 
             self.compress = KernelPass(cells)
-            decoder = KernelDecoder(pool, self.table, self.req_to_token)
+            if decode == "triton":
+                decoder = KernelDecoder(pool, self.table, self.req_to_token)
+            else:
+                decoder = FlashInferDecoder(
+                    pool,
+                    self.table,
+                    self.req_to_token,
+                    n_q=layers[0].tp_q_head_num,
+                    q_dtype=model_runner.dtype,
+                    scale=scale,
+                )
             extender = KernelExtender(pool, self.table, self.req_to_token)
-        else:
-            self.compress = TorchPass(cells, policy)
-            decoder = TorchDecoder(pool, self.table, self.req_to_token)
-            extender = TorchExtender(pool, self.req_to_token)
         self.attention = AttentionState(pool, decoder, extender)
         adopt(model_runner.attn_backend, self.attention)
 
@@ -310,16 +321,22 @@ class Compressor:
         return record
 
 
-def attention_scale(model: torch.nn.Module) -> float:
-    """The softmax scale that all attention layers of the language model share.
-
-    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
-    """
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """The RadixAttention modules of the language model."""
+    from sglang.srt.layers.radix_attention import RadixAttention
 
     # SGLang's Transformers fallback keeps its layers in a plain dictionary.
     aside = getattr(model, "attention_instances", {}).values()
-    layers = [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+    return [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+
+
+def attention_scale(layers: list[Any]) -> float:
+    """The softmax scale that all attention layers share.
+
+    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType
+
     scales = {layer.scaling for layer in layers}
     if len(scales) != 1:
         raise RuntimeError(
