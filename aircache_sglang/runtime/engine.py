@@ -343,6 +343,12 @@ def attention_scale(layers: list[Any]) -> float:
             f"--kv-policy aircache needs one softmax scale in all layers, found {sorted(scales)}"
         )
     for layer in layers:
+        factors = {getattr(layer, name, None) for name in ("k_scale_float", "v_scale_float")}
+        if not factors <= {None, 1.0}:
+            raise RuntimeError(
+                "--kv-policy aircache needs float8 KV without factors of its own, and layer "
+                f"{layer.layer_id} has {sorted(factors, key=str)}; set --kv-cache-dtype bf16"
+            )
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
         if windowed or layer.logit_cap or layer.attn_type != AttentionType.DECODER:
             raise RuntimeError(

@@ -54,7 +54,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 # Prefill is the backend's own; decode of compressed requests is ours.
 CPU_BACKENDS = ("torch_native", "triton")
 CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
-_KV_DTYPES = ("auto", "bf16", "bfloat16")
+_KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 # Of FlashInfer's FA2 decode.
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
@@ -78,7 +78,7 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield f"{policy} does not work with --radix-eviction-policy tlru; use lru"
     if view.kv_cache_dtype not in _KV_DTYPES:
         yield (
-            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; use auto or bf16"
+            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; use auto, bf16 or fp8_e4m3"
         )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"

@@ -42,7 +42,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--dcp-size", "2", "--tp-size", "2"): "with --dcp-size 2; drop one",
     ("--pp-size", "2"): "with --pp-size 2; drop one",
     ("--kv-canary", "log"): "with --kv-canary log; drop one",
-    ("--kv-cache-dtype", "fp8_e4m3"): "with --kv-cache-dtype fp8_e4m3; use auto or bf16",
+    ("--kv-cache-dtype", "fp8_e5m2"): "--kv-cache-dtype fp8_e5m2; use auto, bf16 or fp8_e4m3",
     ("--aircache-elite", "shared", "--tp-size", "2"): "--tp-size > 1; use per-head",
     (
         "--attention-backend",
