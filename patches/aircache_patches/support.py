@@ -78,7 +78,8 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield f"{policy} does not work with --radix-eviction-policy tlru; use lru"
     if view.kv_cache_dtype not in _KV_DTYPES:
         yield (
-            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; use auto, bf16 or fp8_e4m3"
+            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; "
+            "use auto, bf16 or fp8_e4m3"
         )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
