@@ -210,7 +210,7 @@ def overhead(results: Results, layers: list[int], budget: float) -> None:
     for n_layers in layers:
         for name, kind in (("none", NoBackend), ("aircache", compressing(NoBackend))):
             backend: Any = kind()
-            backend.aircache = AttentionState(None, None)  # type: ignore[arg-type]
+            backend.aircache = AttentionState(None, None, None)  # type: ignore[arg-type]
 
             def step(backend: Any = backend, n_layers: int = n_layers) -> None:
                 backend.init_forward_metadata(batch)

@@ -13,7 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
-from aircache_sglang.runtime.extend import PackedExtend, attend_extend
+from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import StashWork
@@ -32,18 +32,29 @@ class Decoder(Protocol):
         """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
 
 
+class Extender(Protocol):
+    """Prefill attention of requests that extend a replica."""
+
+    def plan(self, jobs: Sequence[ExtendJob]) -> None:
+        """Prepare one prefill; jobs: at least one, entered in the compression table."""
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        """Overwrite the rows of the jobs in one layer's output; q, out: [tokens, H_q, D]."""
+
+
 @dataclasses.dataclass(slots=True)
 class AttentionState:
     """What the backend shares with the compressor (runtime/engine.py), which sets it a forward."""
 
     pool: LayerContiguousKVPool
     decoder: Decoder
+    extender: Extender
     # The queries to keep while this forward runs.
     stash_work: Sequence[StashWork] = ()
     # Of this forward's requests, None for the uncompressed; empty if all are.
     records: Sequence[CompressionRecord | None] = ()
     # The requests of this prefill that extend a replica.
-    extends: Sequence[PackedExtend] = ()
+    extends: Sequence[ExtendJob] = ()
 
     def stash(self, q: torch.Tensor, layer: Any) -> None:
         """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
@@ -55,11 +66,7 @@ class AttentionState:
         """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        index = layer.layer_id - self.pool.start_layer
-        for plan in self.extends:
-            results[plan.source] = attend_extend(
-                plan, heads[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling
-            )
+        self.extender.attend(heads, results, layer)
 
     def decodes(self) -> bool:
         """Whether this decode step, or the graph that is being captured, has packed cells."""

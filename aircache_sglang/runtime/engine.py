@@ -16,10 +16,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.attention import AttentionState, Decoder, adopt
+from aircache_sglang.runtime.attention import AttentionState, Decoder, Extender, adopt
 from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
-from aircache_sglang.runtime.extend import PackedExtend, plan_extend
+from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
@@ -37,7 +37,7 @@ class Compressor:
     """
 
     def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
-        """policy: its name; decode: `torch` or `triton`, for the pass and for decode."""
+        """policy: its name; decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
@@ -58,22 +58,37 @@ class Compressor:
         )
         model = model_runner.model
         self.metrics = Metrics.create(policy)
-        cells = Cells(
-            pool.k_all, pool.v_all, self.req_to_token, self.table, heads, attention_scale(model)
-        )
+        layers = attention_layers(model)
+        scale = attention_scale(layers)
+        cells = Cells(pool.k_all, pool.v_all, self.req_to_token, self.table, heads, scale)
         self.compress: CompressionPass
         decoder: Decoder
-        if decode == "triton":
-            # Imported here: a CPU server needs no Triton.
+        extender: Extender
+        if decode == "torch":
+            self.compress = TorchPass(cells, policy)
+            decoder = TorchDecoder(pool, self.table, self.req_to_token)
+            extender = TorchExtender(pool, self.req_to_token)
+        else:
+            # Imported here: a CPU server needs no Triton, and most need no FlashInfer.
+            from aircache_sglang.runtime.flashinfer_decode import FlashInferDecoder
             from aircache_sglang.runtime.kernel_decode import KernelDecoder
+            from aircache_sglang.runtime.kernel_extend import KernelExtender
             from aircache_sglang.runtime.kernel_pass import KernelPass
 
             self.compress = KernelPass(cells)
-            decoder = KernelDecoder(pool, self.table, self.req_to_token)
-        else:
-            self.compress = TorchPass(cells, policy)
-            decoder = TorchDecoder(pool, self.table, self.req_to_token)
-        self.attention = AttentionState(pool, decoder)
+            if decode == "triton":
+                decoder = KernelDecoder(pool, self.table, self.req_to_token)
+            else:
+                decoder = FlashInferDecoder(
+                    pool,
+                    self.table,
+                    self.req_to_token,
+                    n_q=layers[0].tp_q_head_num,
+                    q_dtype=model_runner.dtype,
+                    scale=scale,
+                )
+            extender = KernelExtender(pool, self.table, self.req_to_token)
+        self.attention = AttentionState(pool, decoder, extender)
         adopt(model_runner.attn_backend, self.attention)
 
     def intent(self, req: Any) -> Intent | None:
@@ -225,6 +240,8 @@ class Compressor:
         self.attention.records = ()
         self.table.clear(batch.req_pool_indices)
         self.attention.extends = self._extends(batch)
+        if self.attention.extends:
+            self.attention.extender.plan(self.attention.extends)
         self.attention.stash_work = self._stash_work(batch)
         try:
             result = forward()
@@ -233,9 +250,9 @@ class Compressor:
         self._compress(batch.reqs)
         return result
 
-    def _extends(self, batch: Any) -> list[PackedExtend]:
-        """Enter the requests that extend a replica in the table, and plan their attention."""
-        extends: list[PackedExtend] = []
+    def _extends(self, batch: Any) -> list[ExtendJob]:
+        """The requests that extend a replica, entered in the table."""
+        extends: list[ExtendJob] = []
         first_row = 0
         for req, prefix_len, extend_len in zip(
             batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
@@ -243,19 +260,11 @@ class Compressor:
             record = self.records.get(req.kv.req_pool_idx)
             if record is not None and record.reused:
                 assert record.budgets is not None, "a replica has its budgets"
-                prompt, row = record.intent.prompt, self.req_to_token[record.row]
+                prompt = record.intent.prompt
+                assert prefix_len >= prompt.length, "a replica is extended behind its instruction"
                 self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
-                extends.append(
-                    plan_extend(
-                        record,
-                        row,
-                        prefix_len,
-                        prefix_len + extend_len,
-                        first_row,
-                        self.pool.layer_num,
-                        self.pool.rows,
-                    )
-                )
+                source = slice(first_row, first_row + extend_len)
+                extends.append(ExtendJob(record, prefix_len, prefix_len + extend_len, source))
             first_row += extend_len
         return extends
 
@@ -270,7 +279,7 @@ class Compressor:
             if intent is not None and req.last_node.replica is None:
                 stash = getattr(req, "aircache_stash", None)
                 if stash is None:
-                    stash = req.aircache_stash = QueryStash(intent.prompt.instruction)
+                    stash = req.aircache_stash = QueryStash(intent.scored)
                 work = stash.claim(prefix_len, prefix_len + extend_len, first_row)
                 if work is not None:
                     works.append(work)
@@ -312,22 +321,34 @@ class Compressor:
         return record
 
 
-def attention_scale(model: torch.nn.Module) -> float:
-    """The softmax scale that all attention layers of the language model share.
-
-    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
-    """
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """The RadixAttention modules of the language model."""
+    from sglang.srt.layers.radix_attention import RadixAttention
 
     # SGLang's Transformers fallback keeps its layers in a plain dictionary.
     aside = getattr(model, "attention_instances", {}).values()
-    layers = [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+    return [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+
+
+def attention_scale(layers: list[Any]) -> float:
+    """The softmax scale that all attention layers share.
+
+    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType
+
     scales = {layer.scaling for layer in layers}
     if len(scales) != 1:
         raise RuntimeError(
             f"--kv-policy aircache needs one softmax scale in all layers, found {sorted(scales)}"
         )
     for layer in layers:
+        factors = {getattr(layer, name, None) for name in ("k_scale_float", "v_scale_float")}
+        if not factors <= {None, 1.0}:
+            raise RuntimeError(
+                "--kv-policy aircache needs float8 KV without factors of its own, and layer "
+                f"{layer.layer_id} has {sorted(factors, key=str)}; set --kv-cache-dtype bf16"
+            )
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
         if windowed or layer.logit_cap or layer.attn_type != AttentionType.DECODER:
             raise RuntimeError(

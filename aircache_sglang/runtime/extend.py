@@ -7,17 +7,33 @@ The new tokens see the text before them and every packed cell, which lies before
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.runtime.decode import layer_cell_rows
+from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PackedExtend:
-    """One request of a prefill batch.
+class ExtendJob:
+    """One request of a prefill batch that extends a replica.
+
+    start, end: the positions computed now. source: their rows in the batch.
+    """
+
+    record: CompressionRecord
+    start: int
+    end: int
+    source: slice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExtendPlan:
+    """The slots that one request reads.
 
     source: its rows in the batch, n of them. text_slots: int64 [T], new tokens included.
     visible: bool [n, T]. cells: per layer int64 [n_l] absolute rows.
@@ -29,30 +45,20 @@ class PackedExtend:
     cells: list[torch.Tensor]
 
 
-def plan_extend(
-    record: CompressionRecord,
-    row: torch.Tensor,
-    prefix_len: int,
-    seq_len: int,
-    first_row: int,
-    n_layers: int,
-    pool_rows: int,
-) -> PackedExtend:
-    """Read one request's slots; row: its entries in `req_to_token`; lengths are logical."""
-    prompt = record.intent.prompt
-    assert prefix_len >= prompt.length, "a replica is extended behind its instruction"
-    device = row.device
+def plan_extend(job: ExtendJob, row: torch.Tensor, n_layers: int, pool_rows: int) -> ExtendPlan:
+    """Read one request's slots; row: its entries in `req_to_token`."""
+    record, prompt, device = job.record, job.record.intent.prompt, row.device
     text = torch.cat(
         [
             torch.arange(prompt.start, device=device),
-            torch.arange(prompt.start + prompt.n_visual, seq_len, device=device),
+            torch.arange(prompt.start + prompt.n_visual, job.end, device=device),
         ]
     )
-    new = torch.arange(prefix_len, seq_len, device=device)
+    new = torch.arange(job.start, job.end, device=device)
     if record.cell_rows is None:
         record.cell_rows = layer_cell_rows(record, n_layers, pool_rows)
-    return PackedExtend(
-        source=slice(first_row, first_row + seq_len - prefix_len),
+    return ExtendPlan(
+        source=job.source,
         text_slots=row[text].long(),
         visible=text[None, :] <= new[:, None],
         cells=record.cell_rows,
@@ -60,7 +66,7 @@ def plan_extend(
 
 
 def attend_extend(
-    plan: PackedExtend,
+    plan: ExtendPlan,
     q: torch.Tensor,
     k_all: torch.Tensor,
     v_all: torch.Tensor,
@@ -85,3 +91,27 @@ def attend_extend(
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)
+
+
+class TorchExtender:
+    """Plans a prefill on the host and attends in torch, a request at a time."""
+
+    def __init__(self, pool: LayerContiguousKVPool, req_to_token: torch.Tensor) -> None:
+        self.pool = pool
+        self.req_to_token = req_to_token
+        self._plans: list[ExtendPlan] = []
+
+    def plan(self, jobs: Sequence[ExtendJob]) -> None:
+        """Read the slots of the requests of one prefill."""
+        self._plans = [
+            plan_extend(job, self.req_to_token[job.record.row], self.pool.layer_num, self.pool.rows)
+            for job in jobs
+        ]
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        """Overwrite the planned rows of one layer's output; q, out: [tokens, H_q, D]."""
+        index = layer.layer_id - self.pool.start_layer
+        for plan in self._plans:
+            out[plan.source] = attend_extend(
+                plan, q[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling
+            )

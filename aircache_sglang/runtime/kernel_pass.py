@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from aircache_kernels import importance_statistics, layer_budgets, pack, score, select
 from aircache_sglang.runtime.compress import Cells, Job
+from aircache_sglang.runtime.transfer import prefix_sums, to_device
 
 
 class KernelPass:
@@ -40,9 +41,9 @@ class KernelPass:
         qo_lens = [q.shape[1] for q in queries]
         kv_lens = [record.intent.prompt.n_visual for record in records]
         columns = [record.intent.columns for record in records]
-        qo_indptr = _prefix_sums(qo_lens, device)
-        kv_indptr = _prefix_sums(kv_lens, device)
-        column_indptr = _prefix_sums(columns, device)
+        qo_indptr = prefix_sums(qo_lens, device)
+        kv_indptr = prefix_sums(kv_lens, device)
+        column_indptr = prefix_sums(columns, device)
         kv_indices = torch.cat([cells.visual_slots(record) for record in records])
         text_indices = torch.cat(
             [cells.instruction_slots(record, n) for record, n in zip(records, qo_lens, strict=True)]
@@ -61,11 +62,11 @@ class KernelPass:
             elite=elite,
         )
         statistics = importance_statistics(importance, kv_indptr, max_kv_len=max(kv_lens))
-        rows = _to_device([record.row for record in records], device, torch.int64)
+        rows = to_device([record.row for record in records], device, torch.int64)
         budgets, cell_offset = layer_budgets(
             cells.heads.mean(statistics),
             kv_indptr,
-            _to_device(columns, device, torch.int32),
+            to_device(columns, device, torch.int32),
             budget=budget,
             cell_offset=cells.table.cell_offset,
             req_pool_indices=rows,
@@ -90,19 +91,8 @@ class KernelPass:
             max_columns=max(columns),
         )
         starts = [record.intent.prompt.start for record in records]
-        cells.table.enter(rows, _to_device(starts, device, torch.int32), kv_indptr.diff())
+        cells.table.enter(rows, to_device(starts, device, torch.int32), kv_indptr.diff())
         n_layers = cells.k_all.shape[0]
         bounds = itertools.pairwise(itertools.accumulate(columns, initial=0))
         for i, (record, (first, last)) in enumerate(zip(records, bounds, strict=True)):
             cells.finish(record, budgets[i], selected[:, n_layers * first : n_layers * last])
-
-
-def _to_device(values: Iterable[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Host integers on the device; pinned, so that the copy does not wait."""
-    host = torch.tensor(list(values), dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
-
-
-def _prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 [len + 1], FlashInfer's indptr."""
-    return _to_device(itertools.accumulate(lengths, initial=0), device, torch.int32)

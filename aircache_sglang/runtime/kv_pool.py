@@ -7,6 +7,8 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
 
 class LayerContiguousKVPool(MHATokenToKVPool):
     """SGLang's MHA pool with the buffers of all layers in one tensor [2, L, rows, H_kv, D].
@@ -15,6 +17,8 @@ class LayerContiguousKVPool(MHATokenToKVPool):
     SGLang's per-layer views of them, so every stock reader and writer works unchanged
     (mem_cache/memory_pool.py, MHATokenToKVPool._create_buffers_normal). Row `slot` of plane `l` is
     the absolute row `l * rows + slot`, with rows = size + page_size: slot 0 is the padding slot.
+
+    With float8 KV SGLang's views are raw bytes, ours have the type itself.
     """
 
     k_all: torch.Tensor
@@ -31,6 +35,11 @@ class LayerContiguousKVPool(MHATokenToKVPool):
                 "--kv-policy aircache needs keys and values of one head size, "
                 f"got {self.head_dim} and {self.v_head_dim}"
             )
+        if self.dtype not in _DTYPES:
+            raise ValueError(
+                "--kv-policy aircache holds KV of 16 or 32 bits, or float8_e4m3fn, "
+                f"got {self.dtype}; set --kv-cache-dtype bf16"
+            )
         rows = self.size + self.page_size
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             cells = torch.zeros(
@@ -38,9 +47,8 @@ class LayerContiguousKVPool(MHATokenToKVPool):
                 dtype=self.store_dtype,
                 device=self.device,
             )
-        self.k_all, self.v_all = cells[0], cells[1]
-        self.k_buffer = list(self.k_all.unbind(0))
-        self.v_buffer = list(self.v_all.unbind(0))
+        self.k_all, self.v_all = cells.view(self.dtype).unbind(0)
+        self.k_buffer, self.v_buffer = (list(half.unbind(0)) for half in cells.unbind(0))
 
     @property
     def rows(self) -> int:

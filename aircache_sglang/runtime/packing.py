@@ -63,6 +63,8 @@ def pack(
     target = absolute_rows(cells, columns, n_layers, rows)
     source = (source * n_heads + head[None, :]).view(-1)
     for cache in (k_all, v_all):
+        if cache.itemsize == 1:
+            cache = cache.view(torch.uint8)  # torch copies no float8 by index on a CPU
         # index_select copies whole rows; indexing with tensors goes element by element on a CPU.
         picked = cache.view(-1, head_dim).index_select(0, source)
         flat = cache.view(n_layers * rows, n_heads * head_dim)

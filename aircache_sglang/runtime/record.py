@@ -41,13 +41,19 @@ class Intent:
         return self.columns + self.n_copies
 
     @property
+    def scored(self) -> tuple[int, int]:
+        """Half-open positions of the instruction tokens that the policy looks at."""
+        lo, hi = self.prompt.instruction
+        return max(lo, hi - self.config.scoring_window()[0]), hi
+
+    @property
     def match_limit(self) -> int:
         """Tokens of the prompt that may be a hit in exact KV; the rest is computed anew.
 
-        The instruction is scored in every request and needs its queries; a replica also owns all
-        the text that follows the visual region.
+        What is scored needs its queries in every request; a replica also owns all the text that
+        follows the visual region.
         """
-        return self.prompt.end if self.reuses else self.prompt.instruction[0]
+        return self.prompt.end if self.reuses else self.scored[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,7 +155,7 @@ class CompressionRecord:
         assert self.budgets is not None, "a report needs a finished pass"
         budgets = self.budgets.tolist()
         prompt, config = self.intent.prompt, self.intent.config
-        lo, hi = prompt.instruction
+        lo, hi = self.intent.scored
         info: dict[str, Any] = {
             "policy": policy,
             "retention": config.retention,
@@ -157,7 +163,7 @@ class CompressionRecord:
             "columns": self.intent.columns,
             "slots_freed": prompt.n_visual - self.intent.columns,
             "layer_budgets": budgets,
-            "instruction_tokens": min(hi - lo, config.scoring_window()[0]),
+            "instruction_tokens": hi - lo,
             "reused": self.reused,
         }
         if self.selected is not None:

@@ -72,6 +72,7 @@ class Node(TreeNode):
     place: the node's key among its parent's children.
     packed: packed children, by variant and first token.
     spare: full KV of a picture that has been read once, to pack a replica that is in the tree.
+    below_picture: a visual node stands above it, and a match reaches it only through that one.
     """
 
     def __init__(self, kind: Kind, priority: int = 0) -> None:
@@ -83,6 +84,7 @@ class Node(TreeNode):
         self.place: Hashable = None
         self.packed: dict[Hashable, list[Node]] = {}
         self.spare = False
+        self.below_picture = False
 
     @property
     def size(self) -> int:
@@ -100,8 +102,12 @@ class Node(TreeNode):
 
     @property
     def yields(self) -> bool:
-        """Whether the node goes before any pinned text: visual KV and all that is lossy."""
-        return self.kind is Kind.VISUAL or self.is_lossy
+        """Whether the node goes before any pinned text.
+
+        Visual KV, all that is lossy, and text about a picture that one request alone has held.
+        """
+        alone = self.below_picture and self.hit_count <= 1
+        return self.kind is Kind.VISUAL or self.is_lossy or alone
 
     @property
     def label(self) -> str:
@@ -155,7 +161,7 @@ class SpanTree(RadixCache):
     """SGLang's Python radix cache (mem_cache/radix_cache.py) with kinds, tombstones and replicas.
 
     evictable + protected = the slots that the tree owns; a tombstone counts 0.
-    text_bound: slots of unlocked exact text above which text is evicted before visual KV.
+    text_bound: slots of unlocked pinned text above which text is evicted before visual KV.
     """
 
     root_node: Node
@@ -172,7 +178,7 @@ class SpanTree(RadixCache):
         root.lock_ref = 1
         self.root_node = root
         self._empty_match_result = self._found(root, 0)
-        # Slots of unlocked exact text.
+        # Slots of unlocked text that does not yield.
         self.unlocked_text = 0
 
     # Matching
@@ -283,7 +289,9 @@ class SpanTree(RadixCache):
             visit.priority = max(visit.priority, priority)
             # Nodes that this request inserted before were counted then.
             if end > inserted_len:
+                self._count(visit, -1)
                 self._inc_hit_count(visit)
+                self._count(visit, 1)
 
         while offset < len(key):
             child = node.children.get(key.child_key_at(offset))
@@ -309,6 +317,7 @@ class SpanTree(RadixCache):
             kind, end = _segment(key, offset, prompt_len)
             child = Node(kind, priority)
             child.key, child.value = key[offset:end], slots[offset:end].clone()
+            child.last_access_time = now
             self._attach(node, child, key.child_key_at(offset))
             visited(child, end)
             node, offset = child, end
@@ -341,6 +350,7 @@ class SpanTree(RadixCache):
         child.parent, child.place = parent, place
         if child.replica is None:
             child.replica = parent.replica
+        child.below_picture = parent.below_picture or parent.kind is Kind.VISUAL
         parent.children[place] = child
         self._count(child, 1)
         self._update_leaf_status(parent)
@@ -362,7 +372,7 @@ class SpanTree(RadixCache):
         upper.hit_count, upper.lock_ref = child.hit_count, child.lock_ref
         upper.last_access_time = child.last_access_time
         upper.creation_time = child.creation_time
-        upper.spare = child.spare
+        upper.spare, upper.below_picture = child.spare, child.below_picture
         upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
         upper.key, child.key = child.key[:split_len], child.key[split_len:]
         if child.value is not None:
@@ -423,8 +433,8 @@ class SpanTree(RadixCache):
     def evict(self, params: EvictParams) -> EvictResult:
         """Free at least `num_tokens` slots, if that many are evictable.
 
-        Pictures that only served to pack a replica go first, then other visual KV and replicas, by
-        SGLang's strategy, then generated text, then prompts, leaves before what they follow. Text
+        Pictures that only served to pack a replica go first, then all else that yields, by SGLang's
+        strategy, then generated text, then prompts, leaves before what they follow. Pinned text
         above its bound goes before all.
         """
         if self.disable:
@@ -549,9 +559,9 @@ class _Heaps:
 
     def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
-        self._yielding: list[tuple[Any, int, Node]] = []
-        self._generated: list[tuple[Any, int, Node]] = []
-        self._prompts: list[tuple[Any, int, Node]] = []
+        self._yielding: list[tuple[Any, ...]] = []
+        self._generated: list[tuple[Any, ...]] = []
+        self._prompts: list[tuple[Any, ...]] = []
 
     def push(self, node: Node) -> None:
         if node.yields:
@@ -559,13 +569,14 @@ class _Heaps:
         else:
             heap = self._prompts if node.kind is Kind.PROMPT else self._generated
         priority = (not node.spare, self._strategy.get_priority(node))
-        heapq.heappush(heap, (priority, node.id, node))
+        # What was used together with a picture goes before it.
+        heapq.heappush(heap, (priority, node.kind is Kind.VISUAL, node.id, node))
 
     def pop(self, *, text_first: bool) -> Node | None:
         text = (self._generated, self._prompts)
         for heap in (*text, self._yielding) if text_first else (self._yielding, *text):
             if heap:
-                return heapq.heappop(heap)[2]
+                return heapq.heappop(heap)[-1]
         return None
 
 

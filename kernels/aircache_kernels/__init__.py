@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the AirCache pass and of decode over packed cells, beside their torch oracles.
+"""Triton kernels of the AirCache pass and of attention over packed cells, beside torch oracles.
 
 Importing this package imports neither triton nor a GPU runtime: the kernels load on first use,
 `aircache_kernels.reference` needs torch alone. Nothing here imports SGLang or the rest of this
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aircache_kernels.budgets import importance_statistics, layer_budgets
     from aircache_kernels.decode import DecodeConfig, build_text_csr, decode_attention
+    from aircache_kernels.extend import extend_attention
     from aircache_kernels.flashinfer_decode import OnePlanDecode
     from aircache_kernels.flashinfer_tables import build_flashinfer_tables
     from aircache_kernels.packing import pack
@@ -29,6 +30,7 @@ _HOME = {
     "build_text_csr": "decode",
     "decode_attention": "decode",
     "DecodeConfig": "decode",
+    "extend_attention": "extend",
     "build_flashinfer_tables": "flashinfer_tables",
     "OnePlanDecode": "flashinfer_decode",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "build_text_csr",
     "decode_attention",
     "DecodeConfig",
+    "extend_attention",
     "build_flashinfer_tables",
     "OnePlanDecode",
 ]

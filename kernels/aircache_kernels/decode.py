@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aircache_kernels import validation as check
-from aircache_kernels.launch import cell_address, dot_dtype, multiprocessors, power_of_2
+from aircache_kernels.launch import dot_dtype, multiprocessors, power_of_2
+from aircache_kernels.streams import attend_cells, attend_text, read_cells, read_request
 
 _CSR_CHUNKS = 8
 _MAX_SPLITS = 64
@@ -32,16 +33,6 @@ class DecodeConfig(NamedTuple):
 
 
 @triton.jit
-def _request(  # type: ignore[no-untyped-def]
-    b, req_pool_indices, seq_lens, gap_start, gap_len
-):
-    """Row of the tables, first token of the gap, its length, tokens outside it."""
-    row = tl.load(req_pool_indices + b).to(tl.int64)
-    gap = tl.load(gap_len + row)
-    return row, tl.load(gap_start + row), gap, tl.load(seq_lens + b).to(tl.int32) - gap
-
-
-@triton.jit
 def _text_csr_kernel(  # type: ignore[no-untyped-def]
     req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, indptr, indices,
     stride_r, capacity, batch, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
@@ -53,48 +44,16 @@ def _text_csr_kernel(  # type: ignore[no-untyped-def]
     lengths = tl.load(seq_lens + others, mask=others < batch, other=0).to(tl.int32)
     lengths -= tl.load(gap_len + rows, mask=others < batch, other=0)
     begin = tl.sum(tl.where(others < b, lengths, 0), 0)
-    row, gap_first, gap, n = _request(b, req_pool_indices, seq_lens, gap_start, gap_len)
+    row, gap_first, gap, n = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
     if tl.program_id(1) == 0:
         tl.store(indptr + b + 1, begin + n)
         if b == 0:
             tl.store(indptr, 0)
     for start in range(tl.program_id(1) * BLOCK, n, BLOCK * tl.num_programs(1)):
         j = start + tl.arange(0, BLOCK)
-        position = j + tl.where((gap > 0) & (j >= gap_first), gap, 0)
+        position = j + tl.where(j >= gap_first, gap, 0)
         slot = tl.load(req_to_token + row * stride_r + position, mask=j < n, other=0)
         tl.store(indices + begin + j, slot, mask=(j < n) & (begin + j < capacity))
-
-
-@triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    q_tile, k_all, v_all, k_at, v_at, inside, top, total, acc, scale, logit_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CAP: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """One online-softmax step over a tile of keys at row offsets k_at, v_at [BLOCK_N]."""
-    d = tl.arange(0, BLOCK_D)
-    k_tile = tl.load(
-        k_all + k_at[None, :] + d[:, None],
-        mask=inside[None, :] & (d[:, None] < HEAD_DIM),
-        other=0.0,
-    )
-    logits = tl.dot(q_tile, k_tile.to(DOT), input_precision="ieee") * scale
-    if HAS_CAP:
-        # tanh by way of the logistic function
-        logits = logit_cap * (2.0 * tl.sigmoid(2.0 * logits / logit_cap) - 1.0)
-    logits = tl.where(inside[None, :], logits, float("-inf"))
-    v_tile = tl.load(
-        v_all + v_at[:, None] + d[None, :],
-        mask=inside[:, None] & (d[None, :] < HEAD_DIM),
-        other=0.0,
-    )
-    # every tile has at least one key inside, so the new maximum is finite
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    rescale = tl.exp(top - new_top)
-    weight = tl.exp(logits - new_top[:, None])
-    total = total * rescale + tl.sum(weight, 1)
-    acc = acc * rescale[:, None]
-    acc += tl.dot(weight.to(DOT), v_tile.to(DOT), input_precision="ieee")
-    return new_top, total, acc
 
 
 @triton.jit
@@ -114,11 +73,9 @@ def _decode_stage1_kernel(  # type: ignore[no-untyped-def]
     splits = tl.num_programs(2)
     local = (tl.program_id(1) % HEAD_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
     heads = kv_head * GROUP + local
-    row, gap_first, gap, n_text = _request(b, req_pool_indices, seq_lens, gap_start, gap_len)
+    row, gap_first, gap, n_text = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
     layer = tl.cast(layer, tl.int64)
-    first_cell = tl.load(cell_offset + row * (L + 1) + layer)
-    n_cells = tl.load(cell_offset + row * (L + 1) + layer + 1) - first_cell
-    n_cells = tl.where(gap > 0, n_cells, 0)
+    first_cell, n_cells = read_cells(cell_offset, row, layer, gap, L)
     n = n_text + n_cells
     # shares are whole tiles; a share may hold the end of the text and the first cells
     share = tl.cdiv(tl.cdiv(n, splits), BLOCK_N) * BLOCK_N
@@ -136,37 +93,23 @@ def _decode_stage1_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         ).to(DOT)
         table = req_to_token + row * stride_r
+        text, text_gap = table, gap
         if HAS_CSR:
-            text = text_indices + tl.load(text_indptr + b)
-        k_base = layer * stride_kl + kv_head * stride_kh
-        v_base = layer * stride_vl + kv_head * stride_vh
-        text_end = tl.minimum(end, n_text)
-        for start in range(begin, text_end, BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)
-            if HAS_CSR:
-                slot = tl.load(text + j, mask=j < text_end, other=0).to(tl.int64)
-            else:
-                position = j + tl.where((gap > 0) & (j >= gap_first), gap, 0)
-                slot = tl.load(table + position, mask=j < text_end, other=0).to(tl.int64)
-            top, total, acc = _attend(
-                q_tile, k_all, v_all, k_base + slot * stride_kr, v_base + slot * stride_vr,
-                j < text_end, top, total, acc, scale, logit_cap, HEAD_DIM, BLOCK_D, HAS_CAP, DOT,
-            )  # fmt: skip
-        cell_end = first_cell + end - n_text
+            text, text_gap = text_indices + tl.load(text_indptr + b), 0
         k_base = kv_head * stride_kh
         v_base = kv_head * stride_vh
-        for start in range(first_cell + tl.maximum(begin - n_text, 0), cell_end, BLOCK_N):
-            cell = start + tl.arange(0, BLOCK_N)
-            column, plane = cell_address(cell, L)
-            slot = tl.load(table + gap_first + column, mask=cell < cell_end, other=0).to(tl.int64)
-            plane = plane.to(tl.int64)
-            top, total, acc = _attend(
-                q_tile, k_all, v_all,
-                k_base + plane * stride_kl + slot * stride_kr,
-                v_base + plane * stride_vl + slot * stride_vr,
-                cell < cell_end, top, total, acc, scale, logit_cap,
-                HEAD_DIM, BLOCK_D, HAS_CAP, DOT,
-            )  # fmt: skip
+        top, total, acc = attend_text(
+            q_tile, k_all, v_all, k_base + layer * stride_kl, v_base + layer * stride_vl,
+            stride_kr, stride_vr, text, gap_first, text_gap, begin, tl.minimum(end, n_text),
+            None, top, total, acc, scale, logit_cap,
+            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_CAP, DOT, False,
+        )  # fmt: skip
+        top, total, acc = attend_cells(
+            q_tile, k_all, v_all, k_base, v_base, stride_kl, stride_kr, stride_vl, stride_vr,
+            table + gap_first, first_cell + tl.maximum(begin - n_text, 0),
+            first_cell + end - n_text, top, total, acc, scale, logit_cap,
+            L, HEAD_DIM, BLOCK_N, BLOCK_D, HAS_CAP, DOT,
+        )  # fmt: skip
         tl.store(
             part_out + at[:, None] * HEAD_DIM + d[None, :],
             acc / total[:, None],
@@ -209,30 +152,6 @@ def _decode_stage2_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse + b * H_Q + head, value)
 
 
-def check_requests(
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-) -> int:
-    """Validated batch size of the tables that every decode kernel reads."""
-    device = req_to_token.device
-    check.tensor_of("req_to_token", req_to_token, ("R", "max_context"), torch.int32)
-    check.last_dim_contiguous("req_to_token", req_to_token)
-    check.index_vector("req_pool_indices", req_pool_indices, "bs", device)
-    batch = check.int_in("batch size", req_pool_indices.shape[0], 1)
-    check.index_vector("seq_lens", seq_lens, batch, device)
-    for name, value in (("gap_start", gap_start), ("gap_len", gap_len)):
-        check.tensor_of(name, value, ("R",), torch.int32, device)
-        check.contiguous(name, value)
-    if gap_start.shape != gap_len.shape:
-        raise ValueError(
-            f"gap_len must have shape {list(gap_start.shape)}, got {list(gap_len.shape)}"
-        )
-    return batch
-
-
 def build_text_csr(
     req_to_token: Tensor,
     req_pool_indices: Tensor,
@@ -255,7 +174,7 @@ def build_text_csr(
     Returns:
         text_indptr, text_indices.
     """
-    batch = check_requests(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
+    batch = check.requests_of(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
     device = req_to_token.device
     check.tensor_of("text_indptr", text_indptr, (batch + 1,), torch.int32, device)
     check.contiguous("text_indptr", text_indptr)
@@ -332,31 +251,20 @@ def decode_attention(
     Raises:
         ValueError: a shape, dtype, device or value is not as above.
     """
-    n_layers, _, n_kv, head_dim = check.pool_of(k_all, v_all)
-    device = k_all.device
-    batch = check_requests(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
-    check.tensor_of("req_to_token", req_to_token, ("R", "max_context"), torch.int32, device)
-    check.tensor_of("q", q, (batch, "H_q", head_dim), check.FLOAT_DTYPES, device)
-    check.last_dim_contiguous("q", q)
-    check.matching_dtypes(q, k_all)
-    n_q = q.shape[1]
-    group = check.query_group("q", n_q, n_kv)
-    check.int_in("layer", layer, 0, n_layers - 1)
-    table = (gap_len.shape[0], n_layers + 1)
-    check.tensor_of("cell_offset", cell_offset, table, torch.int32, device)
-    check.contiguous("cell_offset", cell_offset)
+    out = check.attention_of(
+        q, None, k_all, v_all, layer, req_to_token, req_pool_indices, seq_lens,
+        gap_start, gap_len, cell_offset, out,
+    )  # fmt: skip
+    n_layers, n_kv = k_all.shape[0], k_all.shape[2]
+    batch, n_q, head_dim = q.shape
+    group, device = n_q // n_kv, q.device
     if (text_indptr is None) != (text_indices is None):
         raise ValueError("text_indptr and text_indices must be given together")
     if text_indptr is not None and text_indices is not None:
         check.tensor_of("text_indptr", text_indptr, (batch + 1,), torch.int32, device)
         check.tensor_of("text_indices", text_indices, ("capacity",), torch.int32, device)
         check.contiguous("text_indices", text_indices)
-    scale = check.finite("sm_scale", sm_scale) * check.finite("k_scale", k_scale)
-    cap = check.finite("logit_cap", logit_cap, 0.0)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    check.tensor_of("out", out, tuple(q.shape), q.dtype, device)
-    check.last_dim_contiguous("out", out)
+    scale, cap = check.logits_of(sm_scale, k_scale, logit_cap)
     if lse is not None:
         check.tensor_of("lse", lse, (batch, n_q), torch.float32, device)
         check.contiguous("lse", lse)

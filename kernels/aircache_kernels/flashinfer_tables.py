@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aircache_kernels import validation as check
-from aircache_kernels.decode import _request, check_requests
 from aircache_kernels.launch import cell_address, power_of_2
+from aircache_kernels.streams import read_request
 
 _CHUNKS = 4
 
@@ -42,7 +42,7 @@ def _page_tables_kernel(  # type: ignore[no-untyped-def]
     begin = tl.sum(tl.where(others < b, lengths, 0), 0)
     total = tl.sum(tl.where(others == b, lengths, 0), 0)
 
-    row, gap_first, gap, n_text = _request(b, req_pool_indices, seq_lens, gap_start, gap_len)
+    row, gap_first, gap, n_text = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
     if chunk == 0:
         tl.store(kv_indptr + layer * (batch + 1) + b + 1, begin + total)
         if b == 0:
@@ -53,7 +53,7 @@ def _page_tables_kernel(  # type: ignore[no-untyped-def]
     out = kv_indices + layer.to(tl.int64) * capacity
     for start in range(chunk * BLOCK, n_text, step):
         j = start + tl.arange(0, BLOCK)
-        position = j + tl.where((gap > 0) & (j >= gap_first), gap, 0)
+        position = j + tl.where(j >= gap_first, gap, 0)
         slot = tl.load(table + position, mask=j < n_text, other=0)
         fits = (j < n_text) & (begin + j < capacity)
         tl.store(out + begin + j, layer * rows + slot, mask=fits)
@@ -101,7 +101,7 @@ def build_flashinfer_tables(
     Raises:
         ValueError: L * rows >= 2**31, or a shape, dtype or device is not as above.
     """
-    batch = check_requests(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
+    batch = check.requests_of(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
     device = req_to_token.device
     check.tensor_of("kv_indptr", kv_indptr, ("L", batch + 1), torch.int32, device)
     check.contiguous("kv_indptr", kv_indptr)

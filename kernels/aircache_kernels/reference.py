@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,8 +249,9 @@ def physical_rows_reference(
     return found
 
 
-def decode_attention_reference(
+def extend_attention_reference(
     q: Tensor,
+    qo_indptr: Tensor,
     k_all: Tensor,
     v_all: Tensor,
     layer: int,
@@ -266,28 +268,48 @@ def decode_attention_reference(
     v_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query per request, [bs, H_q, D], and its natural-log LSE [bs, H_q]."""
+    """Attention of the last tokens of each request, [total_qo, H_q, D]; LSE [total_qo, H_q].
+
+    Each sees the text up to itself and all packed cells; arguments as in `extend_attention`.
+    """
     n_layers, rows, n_kv, head_dim = k_all.shape
-    batch, n_q, _ = q.shape
+    total, n_q, _ = q.shape
     group = n_q // n_kv
     absolute = physical_rows_reference(
         n_layers, rows, layer, req_to_token, req_pool_indices, seq_lens,
         gap_start, gap_len, cell_offset,
     )  # fmt: skip
-    out = torch.zeros(batch, n_q, head_dim, dtype=dtype, device=q.device)
-    lse = torch.full((batch, n_q), float("-inf"), dtype=dtype, device=q.device)
-    for b, index in enumerate(absolute):
-        plane, slot = index // rows, index % rows
+    n_text = (seq_lens - gap_len[req_pool_indices.long()]).tolist()
+    out = torch.zeros(total, n_q, head_dim, dtype=dtype, device=q.device)
+    lse = torch.full((total, n_q), float("-inf"), dtype=dtype, device=q.device)
+    for b, (first, last) in enumerate(pairwise(qo_indptr.tolist())):
+        plane, slot = absolute[b] // rows, absolute[b] % rows
         keys = k_all[plane, slot].to(dtype) * k_scale  # [n, H_kv, D]
         values = v_all[plane, slot].to(dtype) * v_scale
         keys = keys.repeat_interleave(group, dim=1).transpose(0, 1)
         values = values.repeat_interleave(group, dim=1).transpose(0, 1)
-        logits = torch.matmul(keys, q[b].to(dtype).unsqueeze(-1)).squeeze(-1) * sm_scale
-        if logit_cap > 0.0:
-            logits = logit_cap * torch.tanh(logits / logit_cap)
-        lse[b] = torch.logsumexp(logits, dim=-1)
-        out[b] = torch.matmul(torch.softmax(logits, -1).unsqueeze(1), values).squeeze(1)
+        place = torch.arange(keys.shape[1], device=q.device)
+        for token in range(first, last):
+            seen = (place <= n_text[b] - (last - token)) | (place >= n_text[b])
+            logits = torch.matmul(keys, q[token].to(dtype).unsqueeze(-1)).squeeze(-1) * sm_scale
+            if logit_cap > 0.0:
+                logits = logit_cap * torch.tanh(logits / logit_cap)
+            logits = logits.masked_fill(~seen, float("-inf"))
+            lse[token] = torch.logsumexp(logits, dim=-1)
+            weights = torch.softmax(logits, -1).unsqueeze(1)
+            out[token] = torch.matmul(weights, values).squeeze(1)
     return out, lse
+
+
+def decode_attention_reference(
+    q: Tensor, k_all: Tensor, v_all: Tensor, layer: int, *tables: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per request, [bs, H_q, D], and its natural-log LSE [bs, H_q].
+
+    The extension of each request by one token; arguments as in `decode_attention`.
+    """
+    one_each = torch.arange(q.shape[0] + 1)
+    return extend_attention_reference(q, one_each, k_all, v_all, layer, *tables, **options)
 
 
 def text_csr_reference(

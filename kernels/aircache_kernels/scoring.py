@@ -161,6 +161,20 @@ def _elite_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _keys(  # type: ignore[no-untyped-def]
+    k_all, indices, at, inside, head_base, stride_kr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """K of one head in the slots indices[at], [BLOCK_D, BLOCK_N]; inside: bool [BLOCK_N]."""
+    d = tl.arange(0, BLOCK_D)
+    slots = tl.load(indices + at, mask=inside, other=0).to(tl.int64)
+    return tl.load(
+        k_all + head_base + slots[None, :] * stride_kr + d[:, None],
+        mask=inside[None, :] & (d[:, None] < HEAD_DIM),
+        other=0.0,
+    )
+
+
+@triton.jit
 def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
     q, qo_indptr, k_all, text_indices, kv_indptr, kv_indices, elite_mask, rows, counts, lse_out,
     stride_ql, stride_qt, stride_qh, stride_kl, stride_kr, stride_kh,
@@ -192,7 +206,6 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
     chunk = tl.cdiv(tl.cdiv(n_visual, splits), BLOCK_N) * BLOCK_N
     v_begin = split * chunk
     v_end = tl.minimum(v_begin + chunk, n_visual)
-    d = tl.arange(0, BLOCK_D)
     head_base = layer * stride_kl + kv_head * stride_kh
     for r0 in range(0, n_rows, BLOCK_R):
         heads, q_tile = _elite_queries(
@@ -207,11 +220,8 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
         text_end = tl.where(split == 0, n_text, 0)
         for t0 in range(0, text_end, BLOCK_N):
             t = t0 + tl.arange(0, BLOCK_N)
-            slots = tl.load(text_indices + start + t, mask=t < n_text, other=0).to(tl.int64)
-            k_tile = tl.load(
-                k_all + head_base + slots[None, :] * stride_kr + d[:, None],
-                mask=(t[None, :] < n_text) & (d[:, None] < HEAD_DIM),
-                other=0.0,
+            k_tile = _keys(
+                k_all, text_indices, start + t, t < n_text, head_base, stride_kr, HEAD_DIM, BLOCK_D
             )
             logits = tl.dot(q_tile, k_tile.to(DOT), input_precision="ieee") * scale
             inside = (r[:, None] < n_rows) & (t[None, :] < n_text)
@@ -223,11 +233,8 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
             top, total = _online(tl.where(elite != 0, logits, float("-inf")), top, total)
         for v0 in range(v_begin, v_end, BLOCK_N):
             v = v0 + tl.arange(0, BLOCK_N)
-            slots = tl.load(kv_indices + kv_start + v, mask=v < v_end, other=0).to(tl.int64)
-            k_tile = tl.load(
-                k_all + head_base + slots[None, :] * stride_kr + d[:, None],
-                mask=(v[None, :] < v_end) & (d[:, None] < HEAD_DIM),
-                other=0.0,
+            k_tile = _keys(
+                k_all, kv_indices, kv_start + v, v < v_end, head_base, stride_kr, HEAD_DIM, BLOCK_D
             )
             logits = tl.dot(q_tile, k_tile.to(DOT), input_precision="ieee") * scale
             top, total = _online(tl.where(v[None, :] < v_end, logits, float("-inf")), top, total)
@@ -258,12 +265,10 @@ def _importance_fwd_kernel(  # type: ignore[no-untyped-def]
     v0 = tl.program_id(0) * BLOCK_N
     if v0 < n_visual:
         v = v0 + tl.arange(0, BLOCK_N)
-        d = tl.arange(0, BLOCK_D)
         s = tl.arange(0, BLOCK_S)
-        slots = tl.load(kv_indices + kv_start + v, mask=v < n_visual, other=0).to(tl.int64)
-        k_at = layer * stride_kl + slots[None, :] * stride_kr + kv_head * stride_kh + d[:, None]
-        k_tile = tl.load(
-            k_all + k_at, mask=(v[None, :] < n_visual) & (d[:, None] < HEAD_DIM), other=0.0
+        head_base = layer * stride_kl + kv_head * stride_kh
+        k_tile = _keys(
+            k_all, kv_indices, kv_start + v, v < n_visual, head_base, stride_kr, HEAD_DIM, BLOCK_D
         ).to(DOT)
         scores = tl.zeros([BLOCK_N], dtype=tl.float32)
         for tile in range(0, HEAD_TILES):

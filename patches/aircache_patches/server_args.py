@@ -81,8 +81,9 @@ class AirCacheServerArgs(ServerArgs):
     aircache_decode: A[
         str,
         Arg(
-            help="What compresses, and decodes what is compressed: torch (for a CPU) or Triton.",
-            choices=["auto", "torch", "triton"],
+            help="What compresses, and decodes what is compressed: torch (for a CPU), Triton, or "
+            "Triton with FlashInfer's paged decode, whose page tables are written every step.",
+            choices=["auto", "torch", "triton", "flashinfer"],
         ),
         NS("memory"),
     ] = "auto"

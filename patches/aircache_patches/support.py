@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,9 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 # Prefill is the backend's own; decode of compressed requests is ours.
 CPU_BACKENDS = ("torch_native", "triton")
 CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
-_KV_DTYPES = ("auto", "bf16", "bfloat16")
+_KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
+# Of FlashInfer's FA2 decode.
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 def unsupported(server_args: Any) -> Iterator[str]:
@@ -61,6 +64,7 @@ def unsupported(server_args: Any) -> Iterator[str]:
 
     server_args: a resolved record of SGLang's arguments.
     """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
 
     view = resolving_view(server_args)
@@ -74,13 +78,16 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield f"{policy} does not work with --radix-eviction-policy tlru; use lru"
     if view.kv_cache_dtype not in _KV_DTYPES:
         yield (
-            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; use auto or bf16"
+            f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; "
+            "use auto, bf16 or fp8_e4m3"
         )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)
     yield from _unsupported_device(view, policy)
     yield from _unsupported_model(server_args, policy)
+    if server_args.aircache_decode == "flashinfer":
+        yield from unsupported_flashinfer(view, model_config_of(server_args), policy)
 
 
 def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
@@ -130,6 +137,28 @@ def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
             f"{policy} decodes with Triton on a CPU only under TRITON_INTERPRET=1; "
             "use --attention-backend torch_native"
         )
+
+
+def unsupported_flashinfer(view: Any, model: Any, policy: str) -> Iterator[str]:
+    """What one plan for all layers, made on the host in each step, cannot serve.
+
+    view: SGLang's resolved arguments; model: its ModelConfig.
+    """
+    flag, other = f"{policy} with --aircache-decode flashinfer", "use --aircache-decode triton"
+    if view.device != "cuda":
+        yield f"{flag} needs a CUDA device, and this server runs on {view.device}; use auto"
+    if importlib.util.find_spec("flashinfer") is None:
+        yield f"{flag} needs FlashInfer, which is not installed; {other}"
+    if view.cuda_graph_config.decode.backend != "disabled":
+        yield (
+            f"{flag} plans every step on the host, which no CUDA graph replays; "
+            f"add --cuda-graph-backend-decode disabled, or {other}"
+        )
+    if model.dtype.itemsize != 2:
+        yield f"{flag} needs --dtype bfloat16 or float16, got {model.dtype}; {other}"
+    if model.head_dim not in _FLASHINFER_HEAD_DIMS:
+        sizes = ", ".join(str(size) for size in _FLASHINFER_HEAD_DIMS)
+        yield f"{flag} needs a head size of {sizes}, and the model has {model.head_dim}; {other}"
 
 
 def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:

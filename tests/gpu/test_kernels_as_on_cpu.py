@@ -8,6 +8,7 @@ import pytest
 from tests.unit.kernels import (
     test_budgets,
     test_decode,
+    test_extend,
     test_flashinfer_tables,
     test_packing,
     test_scoring,
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 for _module in (
     test_budgets,
     test_decode,
+    test_extend,
     test_flashinfer_tables,
     test_packing,
     test_scoring,
@@ -32,4 +34,12 @@ for _module in (
             globals()[f"{_prefix}_{_name.removeprefix('test_')}"] = _test
 
 # the modules themselves are no tests
-del test_budgets, test_decode, test_flashinfer_tables, test_packing, test_scoring, test_selection
+del (
+    test_budgets,
+    test_decode,
+    test_extend,
+    test_flashinfer_tables,
+    test_packing,
+    test_scoring,
+    test_selection,
+)

@@ -42,12 +42,13 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--dcp-size", "2", "--tp-size", "2"): "with --dcp-size 2; drop one",
     ("--pp-size", "2"): "with --pp-size 2; drop one",
     ("--kv-canary", "log"): "with --kv-canary log; drop one",
-    ("--kv-cache-dtype", "fp8_e4m3"): "with --kv-cache-dtype fp8_e4m3; use auto or bf16",
+    ("--kv-cache-dtype", "fp8_e5m2"): "--kv-cache-dtype fp8_e5m2; use auto, bf16 or fp8_e4m3",
     ("--aircache-elite", "shared", "--tp-size", "2"): "--tp-size > 1; use per-head",
     (
         "--attention-backend",
         "flashinfer",
     ): "flashinfer on cpu; use --attention-backend torch_native",
+    ("--aircache-decode", "flashinfer"): "flashinfer needs a CUDA device, and this server runs",
     ("--radix-cache-backend", "lru"): "cannot use --radix-cache-backend lru; drop one",
     ("--is-embedding",): "drop --is-embedding or --kv-policy",
     ("--aircache-retention", "0"): "--aircache-retention must be a number with 0 < x <= 1, got 0.0",
@@ -193,6 +194,42 @@ def test_time_to_live_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
     sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
     assert sentence == f"{POLICY} does not work with --radix-eviction-policy tlru; use lru"
+
+
+def flashinfer_on(**changes: Any) -> tuple[Any, Any]:
+    """Arguments and model of a server that may decode with FlashInfer, but for `changes`."""
+    import torch
+
+    values = {"device": "cuda", "backend": "disabled", "dtype": torch.bfloat16, "head_dim": 128}
+    values |= changes
+    graphs = SimpleNamespace(decode=SimpleNamespace(backend=values["backend"]))
+    view = SimpleNamespace(device=values["device"], cuda_graph_config=graphs)
+    return view, SimpleNamespace(dtype=values["dtype"], head_dim=values["head_dim"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device": "cpu"}, "needs a CUDA device, and this server runs on cpu; use auto"),
+        ({"backend": "full"}, "no CUDA graph replays; add --cuda-graph-backend-decode disabled"),
+        ({"dtype": "float32"}, "needs --dtype bfloat16 or float16, got torch.float32; use"),
+        ({"head_dim": 80}, "needs a head size of 64, 128, 256, and the model has 80; use"),
+    ],
+)
+def test_flashinfer_refuses(changes: dict[str, Any], sentence: str) -> None:
+    import torch
+
+    if "dtype" in changes:
+        changes = {"dtype": getattr(torch, changes["dtype"])}
+    assert list(support.unsupported_flashinfer(*flashinfer_on(), POLICY)) == []
+    (found,) = support.unsupported_flashinfer(*flashinfer_on(**changes), POLICY)
+    assert found.startswith(f"{POLICY} with --aircache-decode flashinfer ") and sentence in found
+
+
+def test_flashinfer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    (found,) = support.unsupported_flashinfer(*flashinfer_on(), POLICY)
+    assert found.endswith("needs FlashInfer, which is not installed; use --aircache-decode triton")
 
 
 # Real starts.

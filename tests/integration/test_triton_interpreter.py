@@ -12,6 +12,7 @@ import pytest
 from aircache_sglang.platform import has_accelerator
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support import Server
+from tests.support.chats import compressed_chat
 from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
 from tests.support.prompts import ask, picture, user_prompt
 
@@ -47,3 +48,8 @@ def test_kernels_serve_compressed_and_plain_requests(triton_server: Server, orac
         if report is not None:
             assert_policy_agrees(trace, report)
             assert sum(report["layer_budgets"]) == len(report["layer_budgets"]) * report["columns"]
+
+
+def test_kernels_extend_a_replica(triton_server: Server, oracle: Oracle) -> None:
+    """The second turn of a chat: extend attention over packed cells, then decode."""
+    compressed_chat(triton_server, oracle, user_prompt(picture(1, 8, 9), "what is this?"), 2)

@@ -306,11 +306,13 @@ class World:
         assert len(free) + len(owned) + private == POOL
 
 
-def make_request(ids: Ids, answer: Ids, mode: str, retention: float = 0.34) -> Request:
+def make_request(
+    ids: Ids, answer: Ids, mode: str, retention: float = 0.34, **settings: Any
+) -> Request:
     prompt = layout(ids)
     intent = None
     if mode != "plain" and prompt is not None:
-        config = AirCacheConfig(retention=retention, reuse=mode)
+        config = AirCacheConfig(retention=retention, reuse=mode, **settings)
         intent = Intent(config, prompt, max(1, round(retention * prompt.n_visual)))
     return Request(ids, answer, intent)
 
@@ -442,20 +444,54 @@ def test_eviction_order() -> None:
         world.tree.evict(EvictParams(num_tokens=1))
         order += [kind for kind in world.counts if world.counts[kind] != before[kind]]
         world.check()
-    assert order == ["visual", "generated", "prompt", "prompt", "prompt"]
+    # The question goes with its picture, which was used as late.
+    assert order == ["prompt", "visual", "generated", "prompt", "prompt"]
     assert not kinds(world)
 
 
 def test_text_above_its_bound_goes_before_pictures() -> None:
     world = World()
     bound = int(TEXT_SHARE * POOL)
-    complete(world, (*HEAD, *CAT, 3, 4))
+    for _ in range(2):
+        complete(world, (*HEAD, *CAT, 3, 4))
     complete(world, tuple(range(10, 10 + bound)), mode="plain")
     world.tree.evict(EvictParams(num_tokens=1))
     assert world.counts["prompt"] == 2 and not world.counts["visual"]
     world.tree.evict(EvictParams(num_tokens=1))
     # 4 tokens of the first prompt are gone or not, and the bound holds: now the picture.
     assert world.tree.unlocked_text <= bound
+
+
+def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
+    world = World()
+    complete(world, (*HEAD, *DOG, 3, 3))
+    complete(world, (*HEAD, *CAT, 4, 4))
+    complete(world, (*HEAD, *CAT, 5, 5))
+    complete(world, (*HEAD, *CAT, 6, 6))
+    # A question that two requests asked stays, however old: pinned text.
+    complete(world, (*HEAD, *CAT, 5, 5))
+    order = []
+    for _ in range(6):
+        left = {node: node.key.raw_token_ids() for node, _ in world.tree.nodes() if node.size}
+        world.tree.evict(EvictParams(num_tokens=1))
+        held = {node for node, _ in world.tree.nodes() if node.size}
+        order += [tuple(left[node]) for node in left.keys() - held]
+        world.check()
+    assert order == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
+
+
+def test_only_the_tokens_that_are_scored_are_computed_anew() -> None:
+    world = World()
+    ids = (*HEAD, *CAT, 3, 4, 5)
+    hits = []
+    for window in ("elite", "elite", "last-1"):
+        req = make_request(ids, (), "exact", window=window)
+        world.match(req)
+        hits.append(req.prefix_len)
+        assert run_prefill(world, req)
+        world.release(req, checkpoint=True)
+        world.check()
+    assert hits == [0, len(ids) - INSTRUCTION, len(ids) - 1]
 
 
 def test_follow_up_extends_the_replica() -> None:
@@ -771,7 +807,7 @@ class RadixMachine(RuleBasedStateMachine):
         assert evictable - tree.evictable_size() == done
         counts = self.world.counts - before
         assert sum(counts.values()) == done
-        if (counts["prompt"] or counts["generated"]) and text <= tree.text_bound:
+        if tree.unlocked_text < text <= tree.text_bound:
             yielding = [node for node, _ in tree.nodes() if node.yields]
             assert all(node.lock_ref for node in yielding if node.size), "text went first"
         self.reconcile()

@@ -21,6 +21,7 @@ from aircache_kernels import (
     build_flashinfer_tables,
     build_text_csr,
     decode_attention,
+    extend_attention,
     importance_statistics,
     launch,
     layer_budgets,
@@ -90,7 +91,7 @@ def pass_kernels(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, elite
         )  # fmt: skip
 
 
-def decode_kernels(
+def attention_kernels(
     dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, n_q: int, n_kv: int, cap: float
 ) -> None:
     n_layers, batch = 28, 16
@@ -114,6 +115,10 @@ def decode_kernels(
             text_indptr=indices[0], text_indices=indices[1], num_kv_splits=16,
             lse=torch.empty(batch, n_q),
         )  # fmt: skip
+    extend_attention(
+        q, indptr, pool, pool.clone(), 1, *tables, offsets,
+        max_qo_len=9, sm_scale=1.0, logit_cap=cap,
+    )  # fmt: skip
     build_flashinfer_tables(
         *tables, offsets, rows=4,
         kv_indptr=torch.empty(n_layers, batch + 1, dtype=torch.int32),
@@ -127,14 +132,14 @@ if __name__ == "__main__":
     install()
     fp8 = FP8_DTYPE
     pass_kernels(torch.bfloat16, torch.bfloat16, 128, "per-head")
-    decode_kernels(torch.bfloat16, torch.bfloat16, 128, 28, 4, 0.0)
-    decode_kernels(torch.bfloat16, fp8, 128, 32, 8, 30.0)
+    attention_kernels(torch.bfloat16, torch.bfloat16, 128, 28, 4, 0.0)
+    attention_kernels(torch.bfloat16, fp8, 128, 32, 8, 30.0)
     if "--all" in sys.argv:
         pass_kernels(torch.float16, fp8, 80, "shared")
         pass_kernels(torch.float32, torch.float32, 256, "shared")
         pass_kernels(torch.bfloat16, fp8, 256, "per-head")
-        decode_kernels(torch.float32, torch.float32, 256, 16, 1, 0.0)
-        decode_kernels(torch.float16, torch.float16, 80, 12, 12, 0.0)
-        decode_kernels(torch.bfloat16, torch.bfloat16, 256, 71, 1, 50.0)
-        decode_kernels(torch.float16, fp8, 64, 8, 8, 0.0)
-        decode_kernels(torch.float32, fp8, 16, 2, 1, 0.0)
+        attention_kernels(torch.float32, torch.float32, 256, 16, 1, 0.0)
+        attention_kernels(torch.float16, torch.float16, 80, 12, 12, 0.0)
+        attention_kernels(torch.bfloat16, torch.bfloat16, 256, 71, 1, 50.0)
+        attention_kernels(torch.float16, fp8, 64, 8, 8, 0.0)
+        attention_kernels(torch.float32, fp8, 16, 2, 1, 0.0)

@@ -13,7 +13,9 @@ import torch
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
+from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
+from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
@@ -57,11 +59,11 @@ PROMPTS = (
 )
 
 
-def build(configs: list[AirCacheConfig]) -> Side:
+def build(configs: list[AirCacheConfig], kv_dtype: torch.dtype = torch.float32) -> Side:
     """Three prefilled requests in rows 1 to 3, an uncompressed one of 50 tokens in row 4."""
     g = torch.Generator().manual_seed(7)
-    k_all = torch.randn(L, ROWS, H_KV, D, generator=g)
-    v_all = torch.randn(L, ROWS, H_KV, D, generator=g)
+    k_all = torch.randn(L, ROWS, H_KV, D, generator=g).to(kv_dtype)
+    v_all = torch.randn(L, ROWS, H_KV, D, generator=g).to(kv_dtype)
     req_to_token = torch.zeros(8, CONTEXT, dtype=torch.int32)
     slots = 1 + torch.randperm(ROWS - 1, generator=g)
     taken = 0
@@ -95,9 +97,13 @@ MIXED = (
 )
 
 
+KV_DTYPES = pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+
+
+@KV_DTYPES
 @pytest.mark.parametrize("configs", [(SAME, SAME, SAME), MIXED], ids=["one group", "groups"])
-def test_passes_agree(configs: tuple[AirCacheConfig, ...]) -> None:
-    torch_side, kernel_side = build(list(configs)), build(list(configs))
+def test_passes_agree(configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype) -> None:
+    torch_side, kernel_side = build(list(configs), kv_dtype), build(list(configs), kv_dtype)
     TorchPass(torch_side.cells, "aircache")(torch_side.jobs)
     KernelPass(kernel_side.cells)(kernel_side.jobs)
     for ours, theirs in zip(torch_side.jobs, kernel_side.jobs, strict=True):
@@ -110,9 +116,10 @@ def test_passes_agree(configs: tuple[AirCacheConfig, ...]) -> None:
     assert torch.equal(torch_side.cells.req_to_token, kernel_side.cells.req_to_token)
 
 
-def test_decoders_agree() -> None:
+@KV_DTYPES
+def test_decoders_agree(kv_dtype: torch.dtype) -> None:
     """Each implementation reads what it packed: cell orders may differ, attention must not."""
-    sides = build(list(MIXED)), build(list(MIXED))
+    sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
     TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
     rows = torch.tensor([3, 4, 1, 2])
@@ -129,4 +136,36 @@ def test_decoders_agree() -> None:
         ]
         outputs.append(torch.stack([decoder.attend(q, layer, batch) for layer in layers]))
     assert torch.isfinite(outputs[0]).all()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+@KV_DTYPES
+def test_extenders_agree(kv_dtype: torch.dtype) -> None:
+    """The last tokens of two requests, between others' rows, which stay as they are."""
+    sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
+    TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
+    KernelPass(sides[1].cells)(sides[1].jobs)
+    q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for side in sides:
+        jobs = []
+        for number, source in ((1, slice(3, 5)), (0, slice(9, 18))):
+            record, n = side.jobs[number].record, source.stop - source.start
+            end = record.intent.prompt.length + 2
+            jobs.append(ExtendJob(record, end - n, end, source))
+        extender = (
+            TorchExtender(side.pool, side.cells.req_to_token)
+            if side is sides[0]
+            else KernelExtender(side.pool, side.cells.table, side.cells.req_to_token)
+        )
+        extender.plan(jobs)
+        out = torch.full((L, *q.shape), 7.0)
+        for layer in range(L):
+            extender.attend(
+                q, out[layer], SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0)
+            )
+        outputs.append(out)
+    others = torch.ones(20, dtype=torch.bool)
+    others[3:5] = others[9:18] = False
+    assert (outputs[0][:, others] == 7.0).all() and not (outputs[0][:, ~others] == 7.0).any()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

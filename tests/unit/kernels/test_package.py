@@ -86,6 +86,7 @@ def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
         "_text_csr_kernel",
         "_decode_stage1_kernel",
         "_decode_stage2_kernel",
+        "_extend_fwd_kernel",
         "_page_tables_kernel",
     }
     assert all(record["cubin"] > 0 for record in records)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill attention of requests that extend a compressed replica, by the Triton kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aircache_kernels import extend_attention
+from aircache_sglang.runtime.extend import ExtendJob
+from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
+from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.transfer import prefix_sums, to_device
+
+
+class KernelExtender:
+    """All requests of a prefill that extend a replica in one launch a layer.
+
+    Their slots are found through the live row and the table, in which they have been entered.
+    """
+
+    def __init__(
+        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
+    ) -> None:
+        self.pool = pool
+        self.table = table
+        self.req_to_token = req_to_token
+
+    def plan(self, jobs: Sequence[ExtendJob]) -> None:
+        """Bring the layout of one prefill to the device."""
+        device = self.req_to_token.device
+        lengths = [job.end - job.start for job in jobs]
+        batch_rows = [row for job in jobs for row in range(job.source.start, job.source.stop)]
+        self._source = to_device(batch_rows, device, torch.int64)
+        self._qo_indptr = prefix_sums(lengths, device)
+        self._rows = to_device([job.record.row for job in jobs], device, torch.int64)
+        self._seq_lens = to_device([job.end for job in jobs], device, torch.int64)
+        self._most = max(lengths)
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        """Overwrite the planned rows of one layer's output; q, out: [tokens, H_q, D]."""
+        out[self._source] = extend_attention(
+            q[self._source],
+            self._qo_indptr,
+            self.pool.k_all,
+            self.pool.v_all,
+            layer.layer_id - self.pool.start_layer,
+            self.req_to_token,
+            self._rows,
+            self._seq_lens,
+            self.table.gap_start,
+            self.table.gap_len,
+            self.table.cell_offset,
+            max_qo_len=self._most,
+            sm_scale=layer.scaling,
+            logit_cap=layer.logit_cap or 0.0,
+        )

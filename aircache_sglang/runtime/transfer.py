@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host integers on the device, without waiting for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+def to_device(values: Iterable[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A vector of `values`; pinned first, so that the copy does not wait."""
+    host = torch.tensor(list(values), dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int32 [len + 1], FlashInfer's indptr."""
+    return to_device(itertools.accumulate(lengths, initial=0), device, torch.int32)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-stream extend attention against its oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from aircache_kernels import DecodeConfig, extend_attention, reference
+from aircache_kernels.validation import FP8_DTYPE, HEAD_DIMS
+from tests.unit.kernels.cases import DecodeCase, Request, decode_case, poisoned, prefix
+
+MIXED = [
+    Request(37),
+    Request(120, 9, 90, (1, 59, 30)),
+    Request(64, 0, 40, (0, 40, 20)),  # no text before the gap, one layer without cells
+    Request(5),
+]
+NEW = [11, 7, 24, 5]  # the last: the whole request
+
+
+def queries(case: DecodeCase, new: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """q [total_qo, H_q, D] and qo_indptr for so many new tokens of each request."""
+    shape = (sum(new), *case.q.shape[1:])
+    q = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return q.to(case.q), prefix(new, case.q.device)
+
+
+def hold(case: DecodeCase, new: Sequence[int], **options: float) -> None:
+    """Every layer's output; the error against float64 is held to that of eager code."""
+    q, qo_indptr = queries(case, new)
+    scale = q.shape[2] ** -0.5
+    for layer in range(case.k_all.shape[0]):
+        _, *inputs = case.inputs(layer)
+        # wider than q: what lies between the heads stays as it is
+        wide = poisoned((*q.shape[:2], q.shape[2] + 3), q.dtype, q.device)
+        out = extend_attention(
+            q,
+            qo_indptr,
+            *inputs,
+            max_qo_len=max(new),
+            sm_scale=scale,
+            out=wide[..., : q.shape[2]],
+            config=DecodeConfig(16, 4, 2),
+            **options,
+        )
+        oracle = {"sm_scale": scale, **options}
+        truth, _ = reference.extend_attention_reference(q, qo_indptr, *inputs, **oracle)
+        eager, _ = reference.extend_attention_reference(
+            q, qo_indptr, *inputs, **oracle, dtype=q.dtype
+        )
+        # the store in the output type, and float32 rounding inside
+        rounding = torch.finfo(q.dtype).eps + 16 * torch.finfo(torch.float32).eps
+        allowed = 2 * (eager.double() - truth).abs().max() + rounding * truth.abs().max()
+        assert (out.double() - truth).abs().max() <= allowed
+        assert wide[..., q.shape[2] :].isnan().all()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim: int, device: torch.device) -> None:
+    hold(decode_case(MIXED, head_dim=head_dim, device=device), NEW)
+
+
+@pytest.mark.parametrize(("n_q", "n_kv"), [(1, 1), (3, 3), (14, 2), (71, 1)])
+def test_groups(n_q: int, n_kv: int, device: torch.device) -> None:
+    hold(decode_case(MIXED[1:3], n_q=n_q, n_kv=n_kv, device=device), NEW[1:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_dtypes(dtype: torch.dtype, fp8: bool, device: torch.device) -> None:
+    case = decode_case(MIXED, dtype=dtype, kv_dtype=FP8_DTYPE if fp8 else None, device=device)
+    hold(case, NEW, **({"k_scale": 0.6, "v_scale": 1.7} if fp8 else {}))
+
+
+@pytest.mark.parametrize("new", [[1, 1, 1, 1], [0, 30, 0, 1], [37, 1, 24, 2]])
+def test_lengths(new: list[int], device: torch.device) -> None:
+    """Down to one token, none at all, or all of an uncompressed request."""
+    hold(decode_case(MIXED, device=device), new)
+
+
+def test_logit_cap(device: torch.device) -> None:
+    case = decode_case(MIXED, device=device)
+    case.k_all *= 20.0
+    hold(case, NEW, logit_cap=5.0)
+
+
+def test_a_later_token_changes_nothing_before_it(device: torch.device) -> None:
+    case = decode_case(MIXED[1:2], device=device)
+    q, qo_indptr = queries(case, [7])
+    _, *inputs = case.inputs(1)
+    before = extend_attention(q, qo_indptr, *inputs, max_qo_len=7, sm_scale=0.2)
+    row, length = int(case.req_pool_indices[0]), int(case.seq_lens[0])
+    slot = int(case.req_to_token[row, length - 1])
+    case.k_all[1, slot] += 1.0
+    case.v_all[1, slot] += 1.0
+    after = extend_attention(q, qo_indptr, *inputs, max_qo_len=7, sm_scale=0.2)
+    assert torch.equal(before[:-1], after[:-1])
+    assert not torch.isclose(before[-1], after[-1]).any(dim=-1).all()
+
+
+def test_bad_arguments(device: torch.device) -> None:
+    case = decode_case(MIXED, device=device)
+    q, qo_indptr = queries(case, NEW)
+    _, *inputs = case.inputs(0)
+    options = {"max_qo_len": 24, "sm_scale": 1.0}
+    with pytest.raises(ValueError, match=r"qo_indptr must have shape \[5\], got \[4\]"):
+        extend_attention(q, qo_indptr[:4], *inputs, **options)
+    with pytest.raises(ValueError, match="max_qo_len must be an integer >= 1, got 0"):
+        extend_attention(q, qo_indptr, *inputs, **{**options, "max_qo_len": 0})
+    with pytest.raises(ValueError, match=r"q must have shape \[total_qo, H_q, 32\]"):
+        extend_attention(q[..., :16], qo_indptr, *inputs, **options)
