@@ -136,13 +136,12 @@ class World:
         )
         self.rows = ReqToTokenPool(rows, 256, "cpu", enable_memory_saver=False)
         compressor = Compressor.__new__(Compressor)
-        compressor.policy_name = "aircache"
         compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3)
         compressor.pool = self.pool
         compressor.req_to_token = self.rows.req_to_token
-        compressor.records = {}
+        compressor.records, compressor.surplus = {}, {}
         compressor.table = CompressionTable(rows + 1, LAYERS, "cpu")
-        one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x)
+        one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
         compressor.metrics = Metrics(None)
         cells = Cells(
             self.pool.k_all,
@@ -152,7 +151,7 @@ class World:
             one_rank,  # type: ignore[arg-type]
             1.0,
         )
-        compressor.compress = TorchPass(cells, "aircache")
+        compressor.compress = TorchPass(cells)
         decoder = TorchDecoder(self.pool, compressor.table, self.rows.req_to_token)
         compressor.attention = AttentionState(self.pool, decoder)
         self.compressor = compressor

@@ -28,6 +28,9 @@ class OneRank:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
+    def first(self, n_local: int) -> int:
+        return 0
+
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
@@ -98,11 +101,11 @@ MIXED = (
 @pytest.mark.parametrize("configs", [(SAME, SAME, SAME), MIXED], ids=["one group", "groups"])
 def test_passes_agree(configs: tuple[AirCacheConfig, ...]) -> None:
     torch_side, kernel_side = build(list(configs)), build(list(configs))
-    TorchPass(torch_side.cells, "aircache")(torch_side.jobs)
+    TorchPass(torch_side.cells)(torch_side.jobs)
     KernelPass(kernel_side.cells)(kernel_side.jobs)
     for ours, theirs in zip(torch_side.jobs, kernel_side.jobs, strict=True):
-        assert ours.record.report("aircache") == theirs.record.report("aircache")
-    budgets = [job.record.report("aircache")["layer_budgets"] for job in torch_side.jobs]
+        assert ours.record.report() == theirs.record.report()
+    budgets = [job.record.report()["layer_budgets"] for job in torch_side.jobs]
     assert any(len(set(layers)) > 1 for layers in budgets), "the split over layers is untested"
     for name in ("gap_start", "gap_len", "cell_offset"):
         ours_, theirs_ = (getattr(s.cells.table, name) for s in (torch_side, kernel_side))
@@ -113,7 +116,7 @@ def test_passes_agree(configs: tuple[AirCacheConfig, ...]) -> None:
 def test_decoders_agree() -> None:
     """Each implementation reads what it packed: cell orders may differ, attention must not."""
     sides = build(list(MIXED)), build(list(MIXED))
-    TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
+    TorchPass(sides[0].cells)(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
     rows = torch.tensor([3, 4, 1, 2])
     seq_lens = torch.tensor([PROMPTS[2].length + 2, 50, PROMPTS[0].length + 1, PROMPTS[1].length])
