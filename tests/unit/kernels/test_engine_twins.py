@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
@@ -98,7 +98,17 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("configs", [(SAME, SAME, SAME), MIXED], ids=["one group", "groups"])
+# What the kernels do not have goes to torch, beside a request that they do.
+PEERS = (
+    SAME,
+    dataclasses.replace(SAME, policy="snapkv"),
+    dataclasses.replace(SAME, budget="pyramid", ablation=Ablation(merge=0.5)),
+)
+
+
+@pytest.mark.parametrize(
+    "configs", [(SAME, SAME, SAME), MIXED, PEERS], ids=["one group", "groups", "peers"]
+)
 def test_passes_agree(configs: tuple[AirCacheConfig, ...]) -> None:
     torch_side, kernel_side = build(list(configs)), build(list(configs))
     TorchPass(torch_side.cells)(torch_side.jobs)
