@@ -167,7 +167,7 @@ class TorchPass:
         if config.ablation.selection == "shared":
             mean = cells.heads.mean(scores.mean(dim=1, keepdim=True))
             scores = mean.expand_as(scores).contiguous()
-        # (m, budgets, selected, mass) of each size that may be chosen
+        # (m, retention) of each size that may be chosen
         sizes = [(intent.columns, config.retention)]
         if config.min_visual_mass is not None:
             sizes = [(columns(share, n_visual), share) for share in MASS_LADDER]
