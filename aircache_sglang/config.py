@@ -8,6 +8,7 @@ SGLang nor torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Hashable
@@ -17,13 +18,35 @@ from typing import Any
 # after the last picture, and eq. 4 is quadratic in it.
 INSTRUCTION_LIMIT = 512
 
-BUDGET_MODES = ("aircache", "uniform", "strength", "skewness")
+POLICIES = (
+    "aircache",
+    "elastic",
+    "h2o",
+    "prefixkv",
+    "pyramidkv",
+    "random",
+    "snapkv",
+    "streaming",
+    "vlcache",
+)
+BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid")
 ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
+SELECTION_MODES = ("per-head", "shared")
+# The retentions among which `min_visual_mass` chooses.
+MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
 _SERVER_ONLY = ("pin_text",)
+# The knobs that some policies do not have; a request that turns one of them in vain is refused.
+_KNOBS = {
+    "budget": ("aircache",),
+    "window": ("aircache", "snapkv", "pyramidkv"),
+    "ablation.kernel": ("snapkv", "pyramidkv"),
+    "ablation.seed": ("random",),
+    "ablation.sinks": ("streaming",),
+}
 
-_LAST_N = re.compile(r"last-([1-9][0-9]{0,2})")
+_LAST_N = re.compile(r"(last|visual)-([1-9][0-9]{0,2})")
 
 
 def _check_share(name: str, value: Any, *, zero_allowed: bool) -> float:
@@ -43,42 +66,107 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def _check_window(name: str, value: Any) -> str:
-    """`elite`, `all`, or `last-N` with 1 <= N <= INSTRUCTION_LIMIT (paper table 5)."""
+    """`elite`, `all`, `last-N` or `visual-N`, 1 <= N <= INSTRUCTION_LIMIT (paper table 5)."""
     if isinstance(value, str):
         if value in ("elite", "all"):
             return value
         found = _LAST_N.fullmatch(value)
-        if found and int(found.group(1)) <= INSTRUCTION_LIMIT:
+        if found and int(found.group(2)) <= INSTRUCTION_LIMIT:
             return value
     raise ValueError(
-        f"{name} must be elite, all or last-N with 1 <= N <= {INSTRUCTION_LIMIT}, got {value!r}"
+        f"{name} must be elite, all, last-N or visual-N with 1 <= N <= {INSTRUCTION_LIMIT}, "
+        f"got {value!r}"
     )
 
 
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def _check_count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return value
+
+
+def _check_odd(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} must be an odd integer >= 1, got {value!r}")
+    return value
+
+
+def _check_known(name: str, keys: Any, known: list[str]) -> None:
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"{name} has the unknown key {key!r}; known keys: {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ablation:
+    """Knobs for experiments, one JSON object (`--aircache-ablation`, the request key `ablation`).
+
+    selection: `per-head`, or `shared`: all KV heads keep the tokens of their mean score.
+    merge: share of the dropped tokens that is averaged into the kept ones (paper table 11).
+    rank: the kept tokens begin at this rank instead of 0 (paper figure 4); behind the last rank the
+        count goes on at the first.
+    seed: of policy `random`. kernel: width of the pool of `snapkv` and `pyramidkv`, odd.
+    sinks: of policy `streaming`.
+    """
+
+    selection: str = "per-head"
+    merge: float = 0.0
+    rank: int = 0
+    seed: int = 0
+    kernel: int = 7
+    sinks: int = 4
+
+    def changed(self, name: str, changes: Any) -> Ablation:
+        """Replace the knobs that the object `changes` holds. Raises ValueError that names one."""
+        if not isinstance(changes, dict):
+            raise ValueError(f"{name} must be an object, got {changes!r}")
+        _check_known(name, changes, [field.name for field in dataclasses.fields(self)])
+        new = dataclasses.replace(self, **changes)
+        return Ablation(
+            selection=_check_choice(f"{name}.selection", new.selection, SELECTION_MODES),
+            merge=_check_share(f"{name}.merge", new.merge, zero_allowed=True),
+            rank=_check_count(f"{name}.rank", new.rank, 0),
+            seed=_check_count(f"{name}.seed", new.seed, 0),
+            kernel=_check_odd(f"{name}.kernel", new.kernel),
+            sinks=_check_count(f"{name}.sinks", new.sinks, 0),
+        )
+
+    @classmethod
+    def from_json(cls, name: str, text: Any) -> Ablation:
+        """Read a flag's value. Raises ValueError."""
+        try:
+            changes = json.loads(text)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a JSON object, got {text!r}") from None
+        return cls().changed(name, changes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AirCacheConfig:
     """What decides how one request is compressed.
 
+    policy: one of POLICIES; per request also `none`, which leaves the request alone.
     retention: share of the visual KV that is kept, 0 < r <= 1; 1 leaves the request alone.
+    min_visual_mass: keep, in place of `retention`, the smallest share of MASS_LADDER that carries
+        so much of the elite attention, and everything if none does (per request only).
     alpha: relevance threshold of eq. 5, 0 <= alpha <= 1.
     budget: what splits the columns over the layers (paper table 5): `aircache` (eq. 11), `uniform`,
-        `strength` or `skewness` alone.
-    window: the observation window (paper table 5): `elite`, `all` text tokens, or `last-N`.
+        `strength` or `skewness` alone, `pyramid`.
+    window: the observation window (paper table 5): `elite`, `all` text tokens, `last-N`, or the
+        `visual-N` last visual tokens. `snapkv` and `pyramidkv` take `last-N` alone and have
+        `last-32` of their own.
     elite: `per-head` reference rows, or the head-mean row `shared` by all heads.
     min_visual_tokens: a request with fewer visual tokens is left alone.
     reuse: what later requests may share: `exact` KV alone, or also the `compressed` replica that a
         turn leaves for the next one.
     pin_text: share of the KV pool above which cached text yields before visual KV (server only).
+    ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
     """
 
+    policy: str = "aircache"
     retention: float = 0.1
+    min_visual_mass: float | None = None
     alpha: float = 0.9
     budget: str = "aircache"
     window: str = "elite"
@@ -86,16 +174,24 @@ class AirCacheConfig:
     min_visual_tokens: int = 64
     reuse: str = "exact"
     pin_text: float = 0.5
+    ablation: Ablation = Ablation()
     return_selection: bool = False
 
     def validated(self, prefix: str) -> AirCacheConfig:
-        """Check every field; `prefix` names them in errors. Raises ValueError."""
+        """Check every field but `ablation`; `prefix` names them in errors. Raises ValueError."""
 
         def name(field: str) -> str:
+            if field == "policy" and prefix.startswith("--"):
+                return "--kv-policy"
             return prefix + (field.replace("_", "-") if prefix.startswith("--") else field)
 
+        mass = self.min_visual_mass
+        if mass is not None:
+            mass = _check_share(name("min_visual_mass"), mass, zero_allowed=False)
         return AirCacheConfig(
+            policy=_check_choice(name("policy"), self.policy, ("none", *POLICIES)),
             retention=_check_share(name("retention"), self.retention, zero_allowed=False),
+            min_visual_mass=mass,
             alpha=_check_share(name("alpha"), self.alpha, zero_allowed=True),
             budget=_check_choice(name("budget"), self.budget, BUDGET_MODES),
             window=_check_window(name("window"), self.window),
@@ -103,6 +199,7 @@ class AirCacheConfig:
             min_visual_tokens=_check_count(name("min_visual_tokens"), self.min_visual_tokens),
             reuse=_check_choice(name("reuse"), self.reuse, REUSE_MODES),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
+            ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
 
@@ -116,6 +213,7 @@ class AirCacheConfig:
     def from_server_args(cls, args: Any) -> AirCacheConfig:
         """Read the `aircache_*` fields of a ServerArgs record. Raises ValueError."""
         return cls(
+            policy=args.kv_policy,
             retention=args.aircache_retention,
             alpha=args.aircache_alpha,
             budget=args.aircache_budget,
@@ -124,6 +222,7 @@ class AirCacheConfig:
             min_visual_tokens=args.aircache_min_visual_tokens,
             reuse=args.aircache_reuse,
             pin_text=args.aircache_pin_text,
+            ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         ).validated("--aircache-")
 
     def with_overrides(self, custom_params: Any) -> AirCacheConfig:
@@ -137,25 +236,72 @@ class AirCacheConfig:
         if not isinstance(overrides, dict):
             raise ValueError(f'custom_params["{REQUEST_KEY}"] must be an object, got {overrides!r}')
         known = [field.name for field in dataclasses.fields(self) if field.name not in _SERVER_ONLY]
-        for key in overrides:
-            if key not in known:
+        _check_known(f'custom_params["{REQUEST_KEY}"]', overrides, known)
+        changes = dict(overrides)
+        if "ablation" in changes:
+            name = f"{REQUEST_KEY}.ablation"
+            changes["ablation"] = self.ablation.changed(name, changes["ablation"])
+        config = dataclasses.replace(self, **changes).validated(f"{REQUEST_KEY}.")
+        knobs = [f"ablation.{key}" for key in overrides.get("ablation", ())]
+        config._check_turned([*overrides, *knobs])
+        return config
+
+    def _check_turned(self, names: list[str]) -> None:
+        """Refuse knobs that one request turned and its policy does not have."""
+        for name in names:
+            takers = _KNOBS.get(name, POLICIES)
+            if self.policy not in ("none", *takers):
                 raise ValueError(
-                    f'custom_params["{REQUEST_KEY}"] has the unknown key {key!r}; '
-                    f"known keys: {', '.join(known)}"
+                    f"{REQUEST_KEY}.{name} is a knob of {', '.join(takers)}, "
+                    f"not of policy {self.policy}"
                 )
-        return dataclasses.replace(self, **overrides).validated(f"{REQUEST_KEY}.")
+        if "window" in names and self.policy in ("snapkv", "pyramidkv") and not self._last_n():
+            raise ValueError(
+                f"{REQUEST_KEY}.window must be last-N with policy {self.policy}, "
+                f"got {self.window!r}"
+            )
+        if "min_visual_mass" in names and "retention" in names and self.min_visual_mass is not None:
+            raise ValueError(
+                f"{REQUEST_KEY}.min_visual_mass chooses the retention; drop {REQUEST_KEY}.retention"
+            )
 
     def variant(self) -> tuple[Hashable, ...]:
         """What two requests must have in common to share one compressed replica."""
-        return (self.retention, self.alpha, self.budget, self.window, self.elite)
+        size = self.retention if self.min_visual_mass is None else ("mass", self.min_visual_mass)
+        return (
+            *(self.policy, size, self.alpha, self.budget, self.window, self.elite),
+            self.ablation,
+        )
 
     def scoring_window(self) -> tuple[int, float]:
-        """(how many of the last instruction tokens are looked at, alpha that selects among them).
+        """(how many of the last instruction tokens `aircache` looks at, alpha among them).
 
         `all` and `last-N` are the elite window with alpha 0, which keeps every token (eq. 5).
         """
-        if self.window == "elite":
-            return INSTRUCTION_LIMIT, self.alpha
         if self.window == "all":
             return INSTRUCTION_LIMIT, 0.0
-        return int(self.window.removeprefix("last-")), 0.0
+        last = self._last_n()
+        return (last, 0.0) if last else (INSTRUCTION_LIMIT, self.alpha)
+
+    def scores_are_importance(self) -> bool:
+        """Whether the policy's scores are the elite importance, the measure of `visual_mass`."""
+        return self.policy == "aircache" and self.window == "elite"
+
+    def observed(self) -> tuple[int, int]:
+        """(last instruction tokens, last visual tokens) whose queries score the picture.
+
+        SnapKV's own window where `window` names no other; all of the instruction for the rest.
+        """
+        found = _LAST_N.fullmatch(self.window)
+        if self.policy == "aircache":
+            if found and found.group(1) == "visual":
+                return 0, int(found.group(2))
+            return self.scoring_window()[0], 0
+        if self.policy in ("snapkv", "pyramidkv"):
+            return self._last_n() or 32, 0
+        return INSTRUCTION_LIMIT, 0
+
+    def _last_n(self) -> int:
+        """N of `last-N`, else 0."""
+        found = _LAST_N.fullmatch(self.window)
+        return int(found.group(2)) if found and found.group(1) == "last" else 0

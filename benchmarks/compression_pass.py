@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.policy import columns, policy_names
+from aircache_sglang.policy import columns
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.record import CompressionRecord, Intent
@@ -39,7 +39,7 @@ def one_pass(shape: Shape, n_visual: int, retention: float, budget: float) -> Ro
         TensorParallelHeads(group, shape.kv_heads),
         shape.head_dim**-0.5,
     )
-    compress = TorchPass(cells, policy_names()[0])
+    compress = TorchPass(cells)
     prompt = VisualPrompt(((N_HEAD, end),), length, n_visual)
     intent = Intent(AirCacheConfig(retention=retention), prompt, m)
 

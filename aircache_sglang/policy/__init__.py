@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of AirCache: torch only, free of the engine, checkable against the paper."""
+"""The mathematics of AirCache and its peers: torch only, free of the engine, checkable."""
 
 from __future__ import annotations
 
 from aircache_sglang.policy.aircache import AirCache
-from aircache_sglang.policy.base import Policy
+from aircache_sglang.policy.base import Policy, States
 from aircache_sglang.policy.budget import (
     BUDGET_MODES,
     columns,
@@ -13,26 +13,48 @@ from aircache_sglang.policy.budget import (
     layer_budgets,
     layer_budgets_from_statistics,
     layer_shares,
+    pyramid_shares,
     skewness,
     strength,
 )
+from aircache_sglang.policy.elastic import Elastic
 from aircache_sglang.policy.elite import (
     ELITE_MODES,
     elite_mask,
     elite_mask_batched,
     reference_rows,
 )
+from aircache_sglang.policy.h2o import H2O
 from aircache_sglang.policy.importance import DEFAULT_WINDOW, importance, importance_batched
+from aircache_sglang.policy.mass import visual_mass
+from aircache_sglang.policy.merge import merge_dropped
+from aircache_sglang.policy.prefixkv import PrefixKV
+from aircache_sglang.policy.prompt_attention import accumulate
+from aircache_sglang.policy.pyramidkv import PyramidKV
+from aircache_sglang.policy.random import Random
 from aircache_sglang.policy.registry import get_policy, policy_names, register_policy
 from aircache_sglang.policy.selection import select, select_padded
+from aircache_sglang.policy.snapkv import SnapKV
+from aircache_sglang.policy.streaming import Streaming
 from aircache_sglang.policy.validation import validate_alpha, validate_retention
+from aircache_sglang.policy.vlcache import VLCache
 
 __all__ = [
     "BUDGET_MODES",
     "DEFAULT_WINDOW",
     "ELITE_MODES",
+    "H2O",
     "AirCache",
+    "Elastic",
     "Policy",
+    "PrefixKV",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "States",
+    "Streaming",
+    "VLCache",
+    "accumulate",
     "columns",
     "elite_mask",
     "elite_mask_batched",
@@ -44,7 +66,9 @@ __all__ = [
     "layer_budgets",
     "layer_budgets_from_statistics",
     "layer_shares",
+    "merge_dropped",
     "policy_names",
+    "pyramid_shares",
     "reference_rows",
     "register_policy",
     "select",
@@ -53,4 +77,5 @@ __all__ = [
     "strength",
     "validate_alpha",
     "validate_retention",
+    "visual_mass",
 ]

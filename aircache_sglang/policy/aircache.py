@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from aircache_sglang.policy.base import Policy
+from aircache_sglang.policy.base import Policy, States
 from aircache_sglang.policy.budget import (
     BUDGET_MODES,
     head_mean_statistics,
@@ -16,8 +16,9 @@ from aircache_sglang.policy.budget import (
 )
 from aircache_sglang.policy.elite import ELITE_MODES
 from aircache_sglang.policy.importance import DEFAULT_WINDOW, importance_batched
+from aircache_sglang.policy.prompt_attention import visual_window_attention
 from aircache_sglang.policy.registry import register_policy
-from aircache_sglang.policy.validation import one_of, positive_int, validate_alpha
+from aircache_sglang.policy.validation import natural, one_of, positive_int, validate_alpha
 
 
 @register_policy
@@ -28,8 +29,9 @@ class AirCache(Policy):
     Args:
         alpha: relevance threshold of eq. 5, in [0, 1].
         elite: "per-head" or "shared"; see `elite_mask`.
-        budget: "aircache", "uniform", "strength" or "skewness"; see `layer_shares`.
+        budget: "aircache", "uniform", "strength", "skewness" or "pyramid"; see `layer_shares`.
         window: at most so many last instruction tokens are looked at.
+        visual: if above 0, the window is so many last visual tokens instead (table 5).
     """
 
     name: ClassVar[str] = "aircache"
@@ -38,27 +40,33 @@ class AirCache(Policy):
     elite: str = "per-head"
     budget: str = "aircache"
     window: int = DEFAULT_WINDOW
+    visual: int = 0
 
     def __post_init__(self) -> None:
         validate_alpha(self.alpha)
         one_of("elite", self.elite, ELITE_MODES)
         one_of("budget", self.budget, BUDGET_MODES)
         positive_int("window", self.window)
+        natural("visual", self.visual)
 
-    def score(
-        self, q_text: Tensor, k_text: Tensor, k_visual: Tensor, *, scale: float | None = None
-    ) -> Tensor:
+    @property
+    def visual_window(self) -> int:
+        return self.visual
+
+    def score(self, states: States) -> Tensor:
+        if self.visual:
+            return visual_window_attention(states)
         return importance_batched(
-            q_text,
-            k_text,
-            k_visual,
+            states.q_text,
+            states.k_text,
+            states.k_visual,
             alpha=self.alpha,
-            scale=scale,
+            scale=states.scale,
             elite=self.elite,
             window=self.window,
         )
 
-    def statistics(self, scores: Tensor) -> Tensor:
+    def statistics(self, states: States, scores: Tensor) -> Tensor:
         return head_mean_statistics(scores)
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:

@@ -13,7 +13,9 @@ from aircache_sglang.policy.validation import (
     validate_retention,
 )
 
-BUDGET_MODES: tuple[str, ...] = ("aircache", "uniform", "strength", "skewness")
+BUDGET_MODES: tuple[str, ...] = ("aircache", "uniform", "strength", "skewness", "pyramid")
+# PyramidKV's beta: the last layer gets 1 / PYRAMID of the average
+PYRAMID = 20
 
 # scores whose range is below this share of the largest one differ by float32 rounding alone
 _FLAT = 8 * torch.finfo(torch.float32).eps
@@ -79,8 +81,8 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
 
     Args:
         statistics: [2, L] from `head_mean_statistics`, averaged over ranks.
-        budget: "aircache" is (s_t' + s_k') / 2; "strength" is s_t', "skewness" is s_k' and
-            "uniform" is 1 (table 5).
+        budget: "aircache" is (s_t' + s_k') / 2; "strength" is s_t', "skewness" is s_k',
+            "uniform" is 1 and "pyramid" is `pyramid_shares` (table 5).
     Returns:
         float64 [L], not negative. No host sync.
     """
@@ -90,6 +92,8 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
     stats = torch.nan_to_num(stats, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
     if budget == "uniform":
         return torch.ones_like(stats[0])
+    if budget == "pyramid":
+        return pyramid_shares(stats[0])
     top = stats.amax(dim=1, keepdim=True)
     # divided by the largest first: neither the mean nor the quotient can overflow or vanish
     scaled = torch.where(top > 0, stats / torch.where(top > 0, top, 1.0), 1.0)
@@ -97,6 +101,22 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
     if budget == "aircache":
         return normalised.mean(dim=0)
     return normalised[0 if budget == "strength" else 1]
+
+
+def pyramid_shares(like: Tensor) -> Tensor:
+    """Shares that fall linearly over the layers (PyramidKV, arXiv 2406.02069), mean 1.
+
+    From 2 - 1 / PYRAMID in the first layer to 1 / PYRAMID in the last.
+
+    Args:
+        like: [L]; its device is taken.
+    Returns:
+        float64 [L].
+    """
+    least, n_layers = 1.0 / PYRAMID, like.shape[0]
+    if n_layers == 1:
+        return torch.ones(1, dtype=torch.float64, device=like.device)
+    return torch.linspace(2.0 - least, least, n_layers, dtype=torch.float64, device=like.device)
 
 
 def largest_remainder(shares: Tensor, total: int, cap: int) -> Tensor:
@@ -180,7 +200,7 @@ def layer_budgets(importance: Tensor, retention: float, *, budget: str = "aircac
     Args:
         importance: [L, H_kv, N_v].
         retention: share of the visual KV to keep, in (0, 1].
-        budget: "aircache", "uniform", "strength" or "skewness"; see `layer_shares`.
+        budget: one of BUDGET_MODES; see `layer_shares`.
     Returns:
         int64 [L] on the same device: 1 <= n_l <= N_v, sum L * m with m = columns(retention, N_v).
         No host sync.

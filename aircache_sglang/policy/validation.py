@@ -52,6 +52,13 @@ def positive_int(name: str, value: object) -> int:
     return int(value)
 
 
+def natural(name: str, value: object) -> int:
+    """`value` as an int of at least 0; ValueError for bool and anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return int(value)
+
+
 def one_of(name: str, value: object, known: Sequence[str]) -> str:
     """`value` if it is one of `known`; ValueError that lists them otherwise."""
     if not isinstance(value, str) or value not in known:

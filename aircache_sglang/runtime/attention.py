@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
+from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
@@ -51,6 +52,8 @@ class AttentionState:
     extender: Extender
     # The queries to keep while this forward runs.
     stash_work: Sequence[StashWork] = ()
+    # The queries whose attention to the picture is added up while this forward runs.
+    sum_work: Sequence[SumWork] = ()
     # Of this forward's requests, None for the uncompressed; empty if all are.
     records: Sequence[CompressionRecord | None] = ()
     # The requests of this prefill that extend a replica.
@@ -61,6 +64,14 @@ class AttentionState:
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         for work in self.stash_work:
             work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
+
+    def sum(self, q: torch.Tensor, layer: Any) -> None:
+        """Add up attention, once this layer's keys are in the pool; q: [tokens, H_q * D]."""
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        index = layer.layer_id - self.pool.start_layer
+        for work in self.sum_work:
+            keys = self.pool.k_all[index].index_select(0, work.slots)
+            work.total.add(index, heads[work.source], keys, work.first, layer.scaling)
 
     def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
@@ -133,6 +144,8 @@ def compressing(stock: type) -> type:
             out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
+            if state.sum_work:
+                state.sum(q, layer)
             if state.extends:
                 state.extend(q, out, layer)
             return out
@@ -140,7 +153,8 @@ def compressing(stock: type) -> type:
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            eager = bool(self.aircache.stash_work or self.aircache.extends)
+            state = self.aircache
+            eager = bool(state.stash_work or state.sum_work or state.extends)
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> SharedReadEnds:

@@ -3,7 +3,8 @@
 
 Two implementations of one function, over the same pool and table: `TorchPass` a request at a time
 in torch, `KernelPass` all requests of a prefill batch at once in Triton. Neither waits for the
-device. The original slots are only read: they may belong to the radix tree.
+device, but for a request with `min_visual_mass`, whose columns the host must know. The original
+slots are only read: they may belong to the radix tree.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from typing import Protocol
 
 import torch
 
-from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.policy import Policy, get_policy
+from aircache_sglang.config import INSTRUCTION_LIMIT, MASS_LADDER
+from aircache_sglang.policy import (
+    Policy,
+    States,
+    columns,
+    importance_batched,
+    merge_dropped,
+    select_padded,
+    visual_mass,
+)
+from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.packing import cells_of, pack
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
@@ -30,16 +40,26 @@ class HeadGroup(Protocol):
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, the same on each."""
 
+    def first(self, n_local: int) -> int:
+        """Which of the model's KV heads is this rank's first, where a rank holds `n_local`."""
+
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """Local [H_local, N] tensors to [H_kv, N], the same on each rank."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One request to compress; q: [L, N_t, H_q, D], its instruction's queries."""
+    """One request to compress.
+
+    q: [L, N_t, H_q, D], its instruction's queries.
+    q_visual: [L, W, H_q, D], those of its last visual tokens; accumulated: float32
+        [L, H_kv, N_v]; only for a policy that looks at them.
+    """
 
     record: CompressionRecord
     q: torch.Tensor
+    q_visual: torch.Tensor | None = None
+    accumulated: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,12 +86,25 @@ class Cells:
         length = record.intent.prompt.length
         return self.req_to_token[record.row, length - n_text : length]
 
+    def context_slots(self, record: CompressionRecord, n_text: int) -> torch.Tensor:
+        """int32 [N_c], the slots of all text before the last n_text instruction tokens."""
+        prompt = record.intent.prompt
+        is_text = torch.ones(prompt.length - n_text, dtype=torch.bool)
+        is_text[prompt.visual_positions()] = False
+        positions = is_text.nonzero().view(-1).to(self.req_to_token.device)
+        return self.req_to_token[record.row, positions]
+
     def finish(
-        self, record: CompressionRecord, budgets: torch.Tensor, selected: torch.Tensor
+        self,
+        record: CompressionRecord,
+        budgets: torch.Tensor,
+        selected: torch.Tensor,
+        mass: torch.Tensor,
     ) -> None:
         """Lay out the row's gap, keep what will be reported; copy what a replica needs.
 
-        budgets: integers [L]; selected: integers [H_local, L * m], on the device.
+        budgets: integers [L]; selected: integers [H_local, L * m]; mass: float64 [] of
+        `visual_mass`, the mean over the ranks; on the device.
         """
         prompt = record.intent.prompt
         between = record.originals[prompt.between_positions().to(record.originals.device)]
@@ -85,6 +118,7 @@ class Cells:
         row[prompt.start + m : gap_end] = 0
         row[gap_end : prompt.end] = between.to(row.dtype)
         record.budgets = budgets.to("cpu", non_blocking=True)
+        record.mass = mass.to("cpu", non_blocking=True)
         if record.intent.config.return_selection:
             record.selected = self.heads.gather_heads(selected)
 
@@ -93,39 +127,92 @@ class CompressionPass(Protocol):
     """Compresses the requests whose prefill has just been launched on the current stream."""
 
     def __call__(self, jobs: Sequence[Job]) -> None:
-        """Fill columns, rows and table, and `budgets` (and `selected`) of the records."""
+        """Fill columns, rows and table, and `budgets`, `mass` (and `selected`) of the records.
+
+        A record without budgets afterwards keeps its picture whole: nothing reaches its
+        `min_visual_mass`.
+        """
 
 
-def policy_of(name: str, config: AirCacheConfig) -> Policy:
-    """The policy object that a request's configuration asks for."""
-    window, alpha = config.scoring_window()
-    return get_policy(name, alpha=alpha, elite=config.elite, budget=config.budget, window=window)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the layers of one request make of its visual tokens.
+
+    scores: float32 [L, H_kv, N_v] of the policy; statistics: float64 [S, L]; importance: float32
+    [L, H_kv, N_v] of the elite window, by which `visual_mass` measures every policy.
+    """
+
+    scores: torch.Tensor
+    statistics: torch.Tensor
+    importance: torch.Tensor
 
 
 class TorchPass:
     """The pass in torch, for any policy and device."""
 
-    def __init__(self, cells: Cells, policy: str) -> None:
+    def __init__(self, cells: Cells) -> None:
         self.cells = cells
-        self.policy = policy
 
     def __call__(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            self._compress(job.record, job.q)
+            self._compress(job)
 
-    def _compress(self, record: CompressionRecord, q: torch.Tensor) -> None:
-        cells, intent = self.cells, record.intent
-        policy = policy_of(self.policy, intent.config)
+    def _compress(self, job: Job) -> None:
+        cells, record, intent = self.cells, job.record, job.record.intent
+        config, n_visual = intent.config, intent.prompt.n_visual
+        policy = policy_of(config)
         visual = cells.visual_slots(record)
-        text = cells.instruction_slots(record, q.shape[1]).long()
-        scores = score(policy, q, cells.k_all, text, visual, cells.scale)
-        statistics = cells.heads.mean(policy.statistics(scores))
-        budgets = policy.budgets(statistics, intent.prompt.n_visual, intent.columns)
-        order = policy.order(scores, budgets)
-        selected = cells_of(order, budgets, order.shape[0] * intent.columns)
-        pack(cells.k_all, cells.v_all, visual, record.columns, selected, budgets)
-        cells.table.set(record.row, intent.prompt.start, intent.prompt.n_visual, budgets)
-        cells.finish(record, budgets, selected)
+        found = judge(policy, job, cells, visual)
+        statistics, scores = cells.heads.mean(found.statistics), found.scores
+        if config.ablation.selection == "shared":
+            mean = cells.heads.mean(scores.mean(dim=1, keepdim=True))
+            scores = mean.expand_as(scores).contiguous()
+        # (m, retention) of each size that may be chosen
+        sizes = [(intent.columns, config.retention)]
+        if config.min_visual_mass is not None:
+            sizes = [(columns(share, n_visual), share) for share in MASS_LADDER]
+        all_budgets = [policy.budgets(statistics, n_visual, m) for m, _ in sizes]
+        order = select_padded(scores, all_budgets[0]).roll(-config.ablation.rank, dims=-1)
+        n_layers = order.shape[0]
+        selections = [
+            cells_of(order, budgets, n_layers * m)
+            for budgets, (m, _) in zip(all_budgets, sizes, strict=True)
+        ]
+        masses = cells.heads.mean(
+            torch.stack(
+                [
+                    visual_mass(found.importance, selected, budgets)
+                    for selected, budgets in zip(selections, all_budgets, strict=True)
+                ]
+            )
+        )
+        choice = 0
+        if config.min_visual_mass is not None:
+            # The one wait: columns are freed, and rows laid out, by the host.
+            reached = [mass >= config.min_visual_mass for mass in masses.tolist()]
+            if not any(reached):
+                record.settle(0, 1.0)
+                return
+            choice = reached.index(True)
+            record.settle(*sizes[choice])
+        budgets, selected = all_budgets[choice], selections[choice]
+        source = None
+        if config.ablation.merge:
+            source = merged(cells, visual, order, budgets, config.ablation.merge)
+        pack(cells.k_all, cells.v_all, visual, record.columns, selected, budgets, source)
+        cells.table.set(record.row, intent.prompt.start, n_visual, budgets)
+        cells.finish(record, budgets, selected, masses[choice])
+
+
+def merged(
+    cells: Cells, visual: torch.Tensor, order: torch.Tensor, budgets: torch.Tensor, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the visual tokens in all layers, [L, N_v, H_kv, D], after `merge_dropped`."""
+    layers = [
+        merge_dropped(k[visual], v[visual], order[layer], budgets[layer], share)
+        for layer, (k, v) in enumerate(zip(cells.k_all, cells.v_all, strict=True))
+    ]
+    return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
 
 
 def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
@@ -135,28 +222,42 @@ def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_layers))
 
 
-def score(
-    policy: Policy,
-    q: torch.Tensor,
-    k_all: torch.Tensor,
-    instruction_slots: torch.Tensor,
-    visual_slots: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Importance float32 [L, H_kv, N_v] of one request.
-
-    q: [L, N_t, H_q, D] stashed queries; k_all: [L, rows, H_kv, D]; slots: int64 [N_t] and [N_v].
-    """
+def judge(policy: Policy, job: Job, cells: Cells, visual_slots: torch.Tensor) -> Judgement:
+    """Score one request, a block of layers at a time; visual_slots: int64 [N_v]."""
+    q, record, k_all = job.q, job.record, cells.k_all
+    config = record.intent.config
     n_layers, _, n_heads, head_dim = k_all.shape
-    per_layer = visual_slots.numel() * n_heads * head_dim * k_all.element_size()
-    return torch.cat(
-        [
-            policy.score(
-                q[block],
-                k_all[block].index_select(1, instruction_slots),
-                k_all[block].index_select(1, visual_slots),
-                scale=scale,
+    text = cells.instruction_slots(record, q.shape[1]).long()
+    context = cells.context_slots(record, q.shape[1]).long() if policy.reads_context else text[:0]
+    per_layer = (visual_slots.numel() + context.numel()) * n_heads * head_dim * k_all.element_size()
+    scores, statistics, importance = [], [], []
+    for block in layer_blocks(n_layers, per_layer):
+        states = States(
+            q_text=q[block],
+            k_text=k_all[block].index_select(1, text),
+            k_visual=k_all[block].index_select(1, visual_slots),
+            k_context=k_all[block].index_select(1, context) if policy.reads_context else None,
+            q_visual=None if job.q_visual is None else job.q_visual[block],
+            accumulated=None if job.accumulated is None else job.accumulated[block],
+            scale=cells.scale,
+            first_layer=block.start,
+            first_head=cells.heads.first(n_heads),
+            salt=record.intent.salt,
+        )
+        scores.append(policy.score(states))
+        statistics.append(policy.statistics(states, scores[-1]))
+        if config.scores_are_importance():
+            importance.append(scores[-1])
+        else:
+            importance.append(
+                importance_batched(
+                    states.q_text,
+                    states.k_text,
+                    states.k_visual,
+                    alpha=config.alpha,
+                    scale=cells.scale,
+                    elite=config.elite,
+                    window=INSTRUCTION_LIMIT,
+                )
             )
-            for block in layer_blocks(n_layers, per_layer)
-        ]
-    )
+    return Judgement(torch.cat(scores), torch.cat(statistics, dim=1), torch.cat(importance))

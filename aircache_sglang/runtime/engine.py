@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
+from array import array
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,9 +16,11 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.runtime_context import get_parallel
 
-from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.attention import AttentionState, Decoder, Extender, adopt
+from aircache_sglang.runtime.attention_sum import AttentionSum, SumWork
+from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
@@ -29,26 +33,60 @@ from aircache_sglang.runtime.stash import QueryStash, StashWork
 from aircache_sglang.runtime.table import CompressionTable
 
 
+@dataclasses.dataclass(slots=True)
+class Collected:
+    """What the policy needs of one request's prefill, while that runs.
+
+    visual: the queries from the first visual token on that the policy looks at.
+    """
+
+    instruction: QueryStash
+    visual: QueryStash | None = None
+    attention: AttentionSum | None = None
+
+    @classmethod
+    def for_intent(cls, intent: Intent) -> Collected:
+        policy, prompt = policy_of(intent.config), intent.prompt
+        found = cls(QueryStash(prompt.instruction))
+        if policy.visual_window:
+            found.visual = QueryStash((intent.first_query, prompt.end))
+        if policy.accumulates:
+            found.attention = AttentionSum(prompt.start, prompt.length, prompt.visual_positions())
+        return found
+
+    def job(self, record: CompressionRecord, n_layers: int) -> Job:
+        """The pass's work, once the prefill has ended."""
+        job = Job(record, self.instruction.stacked(n_layers))
+        if self.visual is not None:
+            rows = record.intent.prompt.visual_positions() - self.visual.lo
+            rows = rows[rows >= 0].to(job.q.device)
+            job = dataclasses.replace(job, q_visual=self.visual.stacked(n_layers)[:, rows])
+        if self.attention is not None:
+            job = dataclasses.replace(job, accumulated=self.attention.stacked(n_layers))
+        return job
+
+
 class Compressor:
     """Owns the records, the table and the policy of one model runner.
 
     Attributes that it sets on SGLang's requests: `aircache_intent` (the decision), `aircache_stash`
-    (queries while the prefill runs), `aircache_info` (the report), `aircache_bare_spans`.
+    (what is collected while the prefill runs), `aircache_info` (the report), `aircache_bare_spans`.
     """
 
-    def __init__(self, policy: str, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
-        """policy: its name; decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
+    def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
+        """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
-                f"--kv-policy {policy} needs its own KV pool, but SGLang built "
+                f"--kv-policy {config.policy} needs its own KV pool, but SGLang built "
                 f"{type(pool).__name__}; run `aircache doctor` and report the model"
             )
-        self.policy_name = policy
         self.config = config
         self.pool = pool
         self.req_to_token: torch.Tensor = model_runner.req_to_token_pool.req_to_token
         self.records: dict[int, CompressionRecord] = {}
+        # Slots by row that were reserved for columns and are not needed, until the tree frees them.
+        self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
         self.table = CompressionTable(
             self.req_to_token.shape[0], pool.layer_num, self.req_to_token.device
@@ -57,7 +95,7 @@ class Compressor:
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
         model = model_runner.model
-        self.metrics = Metrics.create(policy)
+        self.metrics = Metrics.create(config.policy)
         layers = attention_layers(model)
         scale = attention_scale(layers)
         cells = Cells(pool.k_all, pool.v_all, self.req_to_token, self.table, heads, scale)
@@ -65,7 +103,7 @@ class Compressor:
         decoder: Decoder
         extender: Extender
         if decode == "torch":
-            self.compress = TorchPass(cells, policy)
+            self.compress = TorchPass(cells)
             decoder = TorchDecoder(pool, self.table, self.req_to_token)
             extender = TorchExtender(pool, self.req_to_token)
         else:
@@ -126,7 +164,10 @@ class Compressor:
             # The tokenizer manager answers these with HTTP 400; one that came another way must not
             # end the scheduler.
             return "bad_overrides"
-        m = columns(config.retention, prompt.n_visual)
+        if config.policy == "none":
+            return "policy_none"
+        retention = config.retention if config.min_visual_mass is None else MASS_LADDER[-1]
+        m = columns(retention, prompt.n_visual)
         if prompt.n_visual < config.min_visual_tokens:
             return "few_visual_tokens"
         if m >= prompt.n_visual:
@@ -140,7 +181,8 @@ class Compressor:
             or req.beam_group is not None
         ):
             return "unsupported_request"
-        intent = Intent(config, prompt, m)
+        salt = zlib.crc32(array("q", req.origin_input_ids).tobytes())
+        intent = Intent(config, prompt, m, salt=salt)
         # A request that only fits an empty pool without its columns would wait for ever.
         peak = prompt.length + min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS) + intent.n_extra
         if peak + 2 * self.pool.page_size >= self.pool.size:
@@ -161,7 +203,7 @@ class Compressor:
 
     def variant(self, intent: Intent) -> tuple[Hashable, ...]:
         """What a replica must have been packed with to be extended."""
-        return (self.policy_name, *intent.config.variant())
+        return intent.config.variant()
 
     def decline(self, req: Any, reason: str) -> None:
         """Serve this life of a request uncompressed after all."""
@@ -224,10 +266,11 @@ class Compressor:
             shared=True,
             reused=True,
             budgets=replica.budgets,
+            mass=replica.mass,
             selected=replica.selected if own.config.return_selection else None,
         )
         self.records[record.row] = record
-        req.aircache_info = record.report(self.policy_name)
+        req.aircache_info = record.report()
 
     def run_forward(self, batch: Any, forward: Callable[[], Any]) -> Any:
         """Run one forward; around a prefill, stash queries and then compress what it ended."""
@@ -242,11 +285,11 @@ class Compressor:
         self.attention.extends = self._extends(batch)
         if self.attention.extends:
             self.attention.extender.plan(self.attention.extends)
-        self.attention.stash_work = self._stash_work(batch)
+        self.attention.stash_work, self.attention.sum_work = self._collect(batch)
         try:
             result = forward()
         finally:
-            self.attention.stash_work = self.attention.extends = ()
+            self.attention.stash_work = self.attention.sum_work = self.attention.extends = ()
         self._compress(batch.reqs)
         return result
 
@@ -268,8 +311,10 @@ class Compressor:
             first_row += extend_len
         return extends
 
-    def _stash_work(self, batch: Any) -> list[StashWork]:
+    def _collect(self, batch: Any) -> tuple[list[StashWork], list[SumWork]]:
+        """What is to be kept, and to be summed, of this forward."""
         works: list[StashWork] = []
+        sums: list[SumWork] = []
         first_row = 0
         for req, prefix_len, extend_len in zip(
             batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
@@ -277,14 +322,21 @@ class Compressor:
             intent = self.intent(req)
             # What extends a replica is not scored.
             if intent is not None and req.last_node.replica is None:
-                stash = getattr(req, "aircache_stash", None)
-                if stash is None:
-                    stash = req.aircache_stash = QueryStash(intent.scored)
-                work = stash.claim(prefix_len, prefix_len + extend_len, first_row)
-                if work is not None:
-                    works.append(work)
+                found = getattr(req, "aircache_stash", None)
+                if found is None:
+                    found = req.aircache_stash = Collected.for_intent(intent)
+                computed = (prefix_len, prefix_len + extend_len, first_row)
+                for stash in (found.instruction, found.visual):
+                    work = None if stash is None else stash.claim(*computed)
+                    if work is not None:
+                        works.append(work)
+                if found.attention is not None:
+                    row = self.req_to_token[req.kv.req_pool_idx]
+                    part = found.attention.claim(*computed, row)
+                    if part is not None:
+                        sums.append(part)
             first_row += extend_len
-        return works
+        return works, sums
 
     def _compress(self, reqs: list[Any]) -> None:
         jobs: list[Job] = []
@@ -292,17 +344,36 @@ class Compressor:
         for req in reqs:
             record = self.records.get(req.kv.req_pool_idx)
             if record is not None and record.budgets is None:
-                stash: QueryStash = req.aircache_stash
-                jobs.append(Job(record, stash.stacked(self.pool.layer_num)))
+                found: Collected = req.aircache_stash
+                jobs.append(found.job(record, self.pool.layer_num))
                 req.aircache_stash = None
         if jobs:
             self.compress(jobs)
             for job in jobs:
                 job.record.seconds = (time.perf_counter() - started) / len(jobs)
+            for req in reqs:
+                self._take_surplus(req)
+
+    def _take_surplus(self, req: Any) -> None:
+        """Note what a pass did not need; a request that keeps its picture is as if uncompressed."""
+        row = req.kv.req_pool_idx
+        record = self.records.get(row)
+        if record is None or record.surplus is None:
+            return
+        self.surplus[row], record.surplus = record.surplus, None
+        if record.budgets is None:
+            del self.records[row]
+            self.decline(req, "mass_not_reached")
+
+    def private_tokens(self, row: int, stock: int) -> int:
+        """Slots that the request of a row owns outside the tree; stock: without compression."""
+        record, surplus = self.records.get(row), self.surplus.get(row)
+        private = stock if record is None else record.private_tokens(stock)
+        return private if surplus is None else private + surplus.numel()
 
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The prefill's result is known and the visual slots are given back: report."""
-        req.aircache_info = record.report(self.policy_name)
+        req.aircache_info = record.report()
         self._made_room = True
         record.selected = None  # kept by the replica, if there is one
         self.metrics.compressed(record)

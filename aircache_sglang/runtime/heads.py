@@ -27,6 +27,12 @@ class TensorParallelHeads:
         torch.distributed.all_reduce(total, group=self._group.device_group)
         return total / self._size
 
+    def first(self, n_local: int) -> int:
+        """Which of the model's KV heads is this rank's first, where a rank holds `n_local`."""
+        if self._size == 1:
+            return 0
+        return int(self._group.rank_in_group) // self._replicas * n_local
+
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """[H_local, N] of each rank to [H_kv, N] on every rank."""
         if self._size == 1:

@@ -83,16 +83,17 @@ class Metrics:
         if self._labels is None:
             return
         n_visual, m = record.intent.prompt.n_visual, record.intent.columns
-        self._of(self._requests).inc()
-        self._of(self._visual).inc(n_visual)
-        self._of(self._freed).inc(n_visual - m)
-        self._of(self._seconds).inc(record.seconds)
-        self._of(self._columns).inc(m)
+        policy = record.intent.config.policy
+        self._of(self._requests, policy).inc()
+        self._of(self._visual, policy).inc(n_visual)
+        self._of(self._freed, policy).inc(n_visual - m)
+        self._of(self._seconds, policy).inc(record.seconds)
+        self._of(self._columns, policy).inc(m)
 
     def finished(self, record: CompressionRecord) -> None:
         """A compressed request has freed its columns."""
         if self._labels is not None:
-            self._of(self._columns).dec(record.intent.columns)
+            self._of(self._columns, record.intent.config.policy).dec(record.intent.columns)
 
     def left_alone(self, reason: str) -> None:
         """A request with visual tokens is served uncompressed."""
@@ -118,5 +119,9 @@ class Metrics:
         if self._labels is not None:
             self._evicted.labels(**self._labels, kind=kind).inc(slots)
 
-    def _of(self, metric: Any) -> Any:
-        return metric.labels(**(self._labels or {}))
+    def _of(self, metric: Any, policy: str | None = None) -> Any:
+        """The metric under this process's labels; policy: a request's own, if it has one."""
+        labels = dict(self._labels or {})
+        if policy is not None:
+            labels["policy"] = policy
+        return metric.labels(**labels)

@@ -47,6 +47,7 @@ def pack(
     columns: torch.Tensor,
     selected: torch.Tensor,
     budgets: torch.Tensor,
+    source: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Copy the kept cells of one request into its columns, without a host synchronisation.
 
@@ -54,18 +55,24 @@ def pack(
     visual_slots: int64 [N_v], in the order of the visual tokens; columns: int64 [m], disjoint from
         visual_slots, so that no survivor is overwritten.
     selected: int64 [H_kv, L * m] of `cells_of`; budgets: int64 [L], sum L * m.
+    source: K and V to copy in place of the visual slots' own, [L, N_v, H_kv, D] each.
     """
     n_layers, rows, n_heads, head_dim = k_all.shape
+    n_source, source_slots = rows, visual_slots
+    if source is not None:
+        n_source = source[0].shape[1]
+        source_slots = torch.arange(n_source, device=k_all.device)
     cells = torch.arange(n_layers * columns.numel(), device=k_all.device)
     layer = torch.searchsorted(budgets.cumsum(0), cells, right=True)
     head = torch.arange(n_heads, device=k_all.device)
-    source = layer[:, None] * rows + visual_slots[selected.transpose(0, 1)]
+    origin = layer[:, None] * n_source + source_slots[selected.transpose(0, 1)]
     target = absolute_rows(cells, columns, n_layers, rows)
-    source = (source * n_heads + head[None, :]).view(-1)
-    for cache in (k_all, v_all):
+    origin = (origin * n_heads + head[None, :]).view(-1)
+    for cache, original in zip((k_all, v_all), source or (k_all, v_all), strict=True):
         if cache.itemsize == 1:
-            cache = cache.view(torch.uint8)  # torch copies no float8 by index on a CPU
+            # torch copies no float8 by index on a CPU
+            cache, original = cache.view(torch.uint8), original.view(torch.uint8)
         # index_select copies whole rows; indexing with tensors goes element by element on a CPU.
-        picked = cache.view(-1, head_dim).index_select(0, source)
+        picked = original.view(-1, head_dim).index_select(0, origin)
         flat = cache.view(n_layers * rows, n_heads * head_dim)
         flat.index_copy_(0, target, picked.view(-1, n_heads * head_dim))

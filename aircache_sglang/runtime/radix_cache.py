@@ -29,6 +29,8 @@ class Requests(Protocol):
     """What the tree asks about requests (runtime/engine.py)."""
 
     records: dict[int, CompressionRecord]
+    # Slots by row that were reserved and turned out not to be needed.
+    surplus: dict[int, torch.Tensor]
 
     def intent(self, req: Any) -> Intent | None:
         """How the request will be, or was, compressed; None for the others."""
@@ -84,6 +86,7 @@ class AirCacheRadixCache(SpanTree):
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:
         """Publish what may be shared of a running or finished request."""
+        self._free_surplus(req)
         record = self.requests.records.get(req.kv.req_pool_idx)
         if record is not None and record.stage is Stage.PREFILLED:
             if self.disable:
@@ -107,6 +110,11 @@ class AirCacheRadixCache(SpanTree):
                 last = intent.prompt.end if intent.reuses else intent.prompt.length
                 up_to = min(up_to, last)
             self._publish(req, up_to)
+
+    def _free_surplus(self, req: Any) -> None:
+        surplus = self.requests.surplus.pop(req.kv.req_pool_idx, None)
+        if surplus is not None:
+            self.token_to_kv_pool_allocator.free(surplus)
 
     def _publish(self, req: Any, up_to: int, below: Node | None = None) -> None:
         """Insert [0, up_to) of a request's row, point the row at the tree's slots and hold them."""
@@ -172,6 +180,7 @@ class AirCacheRadixCache(SpanTree):
             record.intent,
             torch.cat([record.extra, row[prompt.end : prompt.length].to(torch.int64)]),
             record.budgets,
+            record.mass,
             record.selected,
         )
         node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
@@ -254,6 +263,7 @@ class AirCacheRadixCache(SpanTree):
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
+        self._free_surplus(req)
         record = self.requests.forget(req)
         if record is not None and not record.shared:
             self.token_to_kv_pool_allocator.free(record.extra)

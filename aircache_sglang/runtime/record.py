@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.spans import VisualPrompt
 
 
@@ -18,12 +19,17 @@ from aircache_sglang.runtime.spans import VisualPrompt
 class Intent:
     """The decision to compress a request, made before its prefill from host knowledge alone.
 
-    columns: m, the slots that will hold the survivors of all layers, the same on every rank.
+    columns: m, the slots that will hold the survivors of all layers, the same on every rank. With
+        `min_visual_mass` the most that they may be until the pass has chosen.
+    retention: what the pass has chosen; None where it was asked for.
+    salt: an integer drawn from the prompt.
     """
 
     config: AirCacheConfig
     prompt: VisualPrompt
     columns: int
+    retention: float | None = None
+    salt: int = 0
 
     @property
     def reuses(self) -> bool:
@@ -41,19 +47,24 @@ class Intent:
         return self.columns + self.n_copies
 
     @property
-    def scored(self) -> tuple[int, int]:
-        """Half-open positions of the instruction tokens that the policy looks at."""
-        lo, hi = self.prompt.instruction
-        return max(lo, hi - self.config.scoring_window()[0]), hi
-
-    @property
     def match_limit(self) -> int:
         """Tokens of the prompt that may be a hit in exact KV; the rest is computed anew.
 
         What is scored needs its queries in every request; a replica also owns all the text that
         follows the visual region.
         """
-        return self.prompt.end if self.reuses else self.scored[0]
+        last = self.prompt.end if self.reuses else self.prompt.instruction[0]
+        return min(last, self.first_query)
+
+    @property
+    def first_query(self) -> int:
+        """The first position whose query the policy looks at."""
+        policy = policy_of(self.config)
+        if policy.accumulates:
+            return self.prompt.start
+        if policy.visual_window:
+            return int(self.prompt.visual_positions()[-policy.visual_window :][0])
+        return self.prompt.instruction[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,13 +74,15 @@ class Replica:
     variant: what was asked for, so that replicas of one picture live side by side.
     slots: int64, owned by the tree: columns, copies of the text between pictures, then the text
         from `prompt.end` to `prompt.length`.
-    budgets, selected: of the record that packed it; `selected` only if that request asked for it.
+    budgets, mass, selected: of the record that packed it; `selected` only if that request asked
+        for it.
     """
 
     variant: tuple[Hashable, ...]
     intent: Intent
     slots: torch.Tensor
     budgets: torch.Tensor
+    mass: torch.Tensor | None
     selected: torch.Tensor | None
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
@@ -108,8 +121,10 @@ class CompressionRecord:
     exact_tail: text beyond the prompt was computed beside the full picture (a retracted request),
         and fits neither namespace.
     budgets: integers [L] on the host, set by the pass.
+    mass: float64 [] on the host, set by the pass; see `visual_mass`.
     selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
         of all tensor-parallel ranks; only if the request wants its selection reported.
+    surplus: int64, slots that the pass turned out not to need, until the engine takes them.
     """
 
     intent: Intent
@@ -122,7 +137,9 @@ class CompressionRecord:
     exact_tail: bool = False
     released: int = 0
     budgets: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
     selected: torch.Tensor | None = None
+    surplus: torch.Tensor | None = None
     seconds: float = 0.0
     # Absolute rows of the packed cells, one int64 [n_l] a layer; runtime/decode.py fills them in.
     cell_rows: list[torch.Tensor] | None = None
@@ -137,6 +154,13 @@ class CompressionRecord:
         """int64 [n_between] slots of the copied text."""
         return self.extra[self.intent.columns :]
 
+    def settle(self, m: int, retention: float) -> None:
+        """Keep m of the columns; with m = 0 none of the extra slots."""
+        copies = self.copies if m else self.extra[:0]
+        self.surplus = self.extra[m : self.intent.columns if m else None]
+        self.extra = torch.cat([self.extra[:m], copies])
+        self.intent = dataclasses.replace(self.intent, columns=m, retention=retention)
+
     def private_tokens(self, stock: int) -> int:
         """Slots this request owns outside the tree, given what stock SGLang would count."""
         return stock - self.released + (0 if self.shared else self.extra.numel())
@@ -150,20 +174,21 @@ class CompressionRecord:
         prompt = self.intent.prompt
         return prompt.end if self.intent.n_copies else prompt.start + prompt.n_visual
 
-    def report(self, policy: str) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """The request's `meta_info["aircache"]`. Waits for the device if the pass still runs."""
-        assert self.budgets is not None, "a report needs a finished pass"
+        assert self.budgets is not None and self.mass is not None, "a report needs a finished pass"
         budgets = self.budgets.tolist()
         prompt, config = self.intent.prompt, self.intent.config
-        lo, hi = self.intent.scored
+        lo, hi = prompt.instruction
         info: dict[str, Any] = {
-            "policy": policy,
-            "retention": config.retention,
+            "policy": config.policy,
+            "retention": self.intent.retention or config.retention,
             "visual_tokens": prompt.n_visual,
             "columns": self.intent.columns,
             "slots_freed": prompt.n_visual - self.intent.columns,
             "layer_budgets": budgets,
-            "instruction_tokens": hi - lo,
+            "instruction_tokens": min(hi - lo, config.observed()[0]),
+            "visual_mass": round(float(self.mass), 6),
             "reused": self.reused,
         }
         if self.selected is not None:

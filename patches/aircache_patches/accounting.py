@@ -13,8 +13,7 @@ from aircache_sglang.config import REQUEST_KEY
 def kv_private_tokens(original: Callable[..., int], kv: Any, page_size: int) -> int:
     """AROUND kv_private_tokens: slots a request owns outside the tree."""
     stock = original(kv, page_size)
-    record = process.compressor().records.get(kv.req_pool_idx)
-    return stock if record is None else record.private_tokens(stock)
+    return process.compressor().private_tokens(kv.req_pool_idx, stock)
 
 
 def get_internal_state(result: Any, controller: Any, recv_req: Any) -> None:

@@ -15,11 +15,11 @@ def init_attention_backends(result: Any, model_runner: Any) -> None:
     """AFTER ModelRunner.init_attention_backends: pool, request table and backend exist now."""
     from aircache_sglang.runtime.engine import Compressor
 
-    policy, config = policy_in_force()
+    _, config = policy_in_force()
     decode = decode_kind(
         model_runner.server_args.aircache_decode, model_runner.decode_attention_backend_str
     )
-    process.set_compressor(Compressor(policy, config, decode, model_runner))
+    process.set_compressor(Compressor(config, decode, model_runner))
 
 
 def create_attention_graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:

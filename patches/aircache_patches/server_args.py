@@ -22,7 +22,8 @@ class AirCacheServerArgs(ServerArgs):
         str,
         Arg(
             help="Which visual KV a multimodal request keeps after its prefill. 'none' is stock "
-            "SGLang. With a model or a flag that a policy does not support, no server starts.",
+            "SGLang; else a request may name another policy. With a model or a flag that a policy "
+            "does not support, no server starts.",
             choices=["none", *policy_names()],
         ),
         NS("memory"),
@@ -47,7 +48,8 @@ class AirCacheServerArgs(ServerArgs):
     ] = _DEFAULT.budget
     aircache_window: A[
         str,
-        "Observation window: 'elite', 'all' text tokens of the instruction, or 'last-N' of them.",
+        "Observation window: 'elite', 'all' text tokens of the instruction, 'last-N' of them, or "
+        "the 'visual-N' last visual tokens.",
         NS("memory"),
     ] = _DEFAULT.window
     aircache_elite: A[
@@ -77,6 +79,13 @@ class AirCacheServerArgs(ServerArgs):
         "Share of the KV pool above which cached text yields before visual KV, 0 <= SHARE <= 1.",
         NS("memory"),
     ] = _DEFAULT.pin_text
+
+    aircache_ablation: A[
+        str,
+        "Knobs for experiments, a JSON object: selection (per-head, shared), merge (0 to 1), rank, "
+        "seed, kernel, sinks.",
+        NS("memory"),
+    ] = "{}"
 
     aircache_decode: A[
         str,

@@ -58,9 +58,11 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--aircache-retention", "inf"): "--aircache-retention must be a number with 0 < x <= 1",
     ("--aircache-alpha", "2"): "--aircache-alpha must be a number with 0 <= x <= 1, got 2.0",
     ("--aircache-alpha", "nan"): "--aircache-alpha must be a number with 0 <= x <= 1",
-    ("--aircache-window", "last-0"): "--aircache-window must be elite, all or last-N",
-    ("--aircache-window", "last-513"): "--aircache-window must be elite, all or last-N",
-    ("--aircache-window", "some"): "--aircache-window must be elite, all or last-N",
+    ("--aircache-window", "last-0"): "--aircache-window must be elite, all, last-N",
+    ("--aircache-window", "last-513"): "--aircache-window must be elite, all, last-N",
+    ("--aircache-window", "some"): "--aircache-window must be elite, all, last-N",
+    ("--aircache-ablation", '{"mege": 1}'): "--aircache-ablation has the unknown key 'mege'; known",
+    ("--aircache-ablation", "{"): "--aircache-ablation must be a JSON object, got '{'",
     ("--aircache-min-visual-tokens", "0"): "--aircache-min-visual-tokens must be an integer >= 1",
 }
 # The parser itself refuses these, as it does for every flag with choices or a type.
@@ -79,6 +81,7 @@ ACCEPTED: list[tuple[str, ...]] = [
     ("--disable-overlap-schedule", "--chunked-prefill-size", "64"),
     ("--radix-eviction-policy", "lfu"),
     ("--aircache-retention", "1", "--aircache-window", "last-5", "--aircache-alpha", "0"),
+    ("--kv-policy", "h2o", "--tp-size", "2", "--aircache-ablation", '{"merge": 0.5}'),
 ]
 
 

@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 import requests
 
+from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.runtime.choice import policy_of
 from tests.support import Server, ServerError, png_data_url
-from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
+from tests.support.oracle import (
+    Oracle,
+    assert_agrees,
+    assert_keeps_the_best,
+    assert_policy_agrees,
+    policy_states,
+)
 from tests.support.prompts import (
     Prompt,
     ask,
@@ -72,6 +80,26 @@ def test_chunk_boundary(serial_server: Server, oracle: Oracle, place: str) -> No
     assert as_wanted(cuts, start, end), f"chunks end at {cuts}, the picture is [{start}, {end})"
     chunks = re.findall(r"Prefill batch.*?#new-token: (\d+)", serial_server.log()[mark:])
     assert [int(chunk) for chunk in chunks] == [CHUNK] * len(cuts) + [length - cuts[-1]]
+
+
+@pytest.mark.parametrize("overrides", [{"policy": "h2o"}, {"window": "visual-32"}], ids=str)
+def test_visual_queries_chunk_by_chunk(
+    serial_server: Server, oracle: Oracle, overrides: dict[str, Any]
+) -> None:
+    """A chunk ends among the visual tokens, whose queries are looked at."""
+    prompt = user_prompt(words(20, seed=4), picture(25), words(3), picture(30, 7, 7), words(20))
+    answer = ask(serial_server, prompt, {"retention": 0.2, **overrides, **SELECTION})
+    again = ask(serial_server, prompt, {"retention": 0.2, **overrides, **SELECTION})
+    trace = assert_agrees(oracle, prompt, answer)
+    chosen = policy_of(AirCacheConfig().with_overrides({"aircache": overrides}))
+    states = policy_states(trace, visual_window=chosen.visual_window)
+    scores = chosen.score(states)
+    report = answer["meta_info"]["aircache"]
+    statistics = chosen.statistics(states, scores)
+    budgets = chosen.budgets(statistics, len(trace.visual), report["columns"])
+    assert_keeps_the_best(report, scores, budgets.tolist())
+    assert again["meta_info"]["aircache"] == report, "also when its pictures are in the tree"
+    assert again["meta_info"]["cached_tokens"] < int(trace.visual[-chosen.visual_window])
 
 
 def test_chunks_after_a_prefix_hit(serial_server: Server, oracle: Oracle) -> None:

@@ -245,8 +245,15 @@ def assert_policy_agrees(
         ]
     )
     budgets = policy.layer_budgets(scores, report["retention"], budget=budget).tolist()
-    assert report["layer_budgets"] == budgets
     assert report["instruction_tokens"] == min(window, text.stop - text.start)
+    assert_keeps_the_best(report, scores, budgets)
+
+
+def assert_keeps_the_best(
+    report: dict[str, Any], scores: torch.Tensor, budgets: Sequence[int]
+) -> None:
+    """Check a report's budgets, and that it kept the highest scores, float32 [L, H_kv, N_v]."""
+    assert report["layer_budgets"] == budgets
     for layer, kept_by_head in enumerate(report["selection"]):
         for score, kept in zip(scores[layer], kept_by_head, strict=True):
             assert kept == sorted(set(kept)) and len(kept) == budgets[layer]
@@ -255,3 +262,23 @@ def assert_policy_agrees(
             is_kept[kept] = True
             assert (score[is_kept] >= least * (1 - 1e-3)).all(), f"layer {layer}"
             assert (score[~is_kept] <= least * (1 + 1e-3)).all(), f"layer {layer}"
+
+
+def policy_states(trace: Trace, *, visual_window: int = 0) -> policy.States:
+    """All that a policy looks at, from Transformers' own queries and keys."""
+    text = trace.instruction
+    is_context = torch.ones(text.start, dtype=torch.bool)
+    is_context[trace.visual] = False
+    context = is_context.nonzero().view(-1)
+    scale = trace.q.shape[-1] ** -0.5
+    sums = torch.zeros(trace.k.shape[0], trace.k.shape[2], len(trace.visual))
+    for total, q, k in zip(sums, trace.q, trace.k, strict=True):
+        policy.accumulate(total, q, k, 0, trace.visual, scale)
+    return policy.States(
+        q_text=trace.q[:, text],
+        k_text=trace.k[:, text],
+        k_visual=trace.k[:, trace.visual],
+        k_context=trace.k[:, context],
+        q_visual=trace.q[:, trace.visual[-visual_window:]] if visual_window else None,
+        accumulated=sums,
+    )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -14,10 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, INSTRUCTION_LIMIT, AirCacheConfig
+from aircache_sglang.config import (
+    BUDGET_MODES,
+    ELITE_MODES,
+    INSTRUCTION_LIMIT,
+    POLICIES,
+    Ablation,
+    AirCacheConfig,
+)
 
 FIELDS = tuple(field.name for field in dataclasses.fields(AirCacheConfig))
-FLAGS = tuple(name for name in FIELDS if name != "return_selection")
+# `policy` is --kv-policy, and `ablation` a JSON object: they have tests of their own.
+REQUEST_ONLY = ("return_selection", "min_visual_mass")
+FLAGS = tuple(name for name in FIELDS if name not in (*REQUEST_ONLY, "policy", "ablation"))
 
 BAD: list[tuple[str, Any]] = [
     *(("retention", value) for value in (0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", None, True)),
@@ -33,6 +43,9 @@ BAD: list[tuple[str, Any]] = [
     *(("min_visual_tokens", value) for value in (0, -1, 1.0, "64", None, True)),
     *(("reuse", value) for value in ("lossy", "", None, True)),
     *(("return_selection", value) for value in (1, 0, "true", None)),
+    *(("policy", value) for value in ("snap", "", None, 1)),
+    *(("min_visual_mass", value) for value in (0, 1.1, math.nan, "0.9", True)),
+    *(("window", value) for value in ("visual-0", "visual-513", "visual")),
 ]
 GOOD: list[tuple[str, Any]] = [
     *(("retention", value) for value in (1e-9, 0.1, 1, 1.0)),
@@ -43,11 +56,15 @@ GOOD: list[tuple[str, Any]] = [
     *(("min_visual_tokens", value) for value in (1, 10_000)),
     *(("reuse", value) for value in ("exact", "compressed")),
     *(("return_selection", value) for value in (True, False)),
+    *(("policy", value) for value in (*POLICIES, "none")),
+    *(("min_visual_mass", value) for value in (0.01, 1, None)),
+    *(("window", value) for value in ("visual-1", "visual-32", "visual-512")),
 ]
 
 
 def server_args(**changes: Any) -> SimpleNamespace:
     values = {f"aircache_{name}": getattr(AirCacheConfig(), name) for name in FLAGS}
+    values |= {"kv_policy": "aircache", "aircache_ablation": "{}"}
     return SimpleNamespace(**(values | {f"aircache_{name}": x for name, x in changes.items()}))
 
 
@@ -127,6 +144,98 @@ def test_an_override_starts_from_the_servers_values() -> None:
     config = server.with_overrides({"aircache": {"retention": 0.05, "return_selection": True}})
     assert config == dataclasses.replace(server, retention=0.05, return_selection=True)
     assert server.retention == 0.3
+
+
+def test_the_policy_flag_is_named_as_the_operator_knows_it() -> None:
+    args = server_args()
+    args.kv_policy = "snap"
+    with pytest.raises(ValueError, match=r"--kv-policy must be one of none, aircache, .*'snap'"):
+        AirCacheConfig.from_server_args(args)
+    args.kv_policy = "snapkv"
+    assert AirCacheConfig.from_server_args(args).policy == "snapkv"
+
+
+BAD_ABLATIONS: list[tuple[Any, str]] = [
+    ({"mege": 0.5}, r" has the unknown key 'mege'; known keys: selection, merge, rank, seed"),
+    ({"selection": "all"}, r"\.selection must be one of per-head, shared, got 'all'"),
+    ({"merge": 1.5}, r"\.merge must be a number with 0 <= x <= 1, got 1\.5"),
+    ({"rank": -1}, r"\.rank must be an integer >= 0, got -1"),
+    ({"seed": True}, r"\.seed must be an integer >= 0, got True"),
+    ({"kernel": 4}, r"\.kernel must be an odd integer >= 1, got 4"),
+    ({"sinks": 0.5}, r"\.sinks must be an integer >= 0, got 0\.5"),
+    ([1], r" must be an object, got \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_ABLATIONS, ids=str)
+def test_bad_ablations(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^aircache\.ablation" + message):
+        AirCacheConfig().with_overrides({"aircache": {"ablation": value}})
+    with pytest.raises(ValueError, match="^--aircache-ablation" + message):
+        AirCacheConfig.from_server_args(server_args(ablation=json.dumps(value)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "none", None])
+def test_an_ablation_flag_that_is_no_json(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"^--aircache-ablation must be a JSON object, got"):
+        AirCacheConfig.from_server_args(server_args(ablation=text))
+
+
+def test_a_request_changes_single_knobs_of_the_servers_ablation() -> None:
+    server = AirCacheConfig.from_server_args(server_args(ablation='{"merge": 0.5, "rank": 2}'))
+    assert server.ablation == Ablation(merge=0.5, rank=2)
+    config = server.with_overrides({"aircache": {"ablation": {"merge": 0, "selection": "shared"}}})
+    assert config.ablation == Ablation(selection="shared", rank=2)
+    assert config.variant() != server.variant()
+
+
+IN_VAIN: list[tuple[dict[str, Any], str]] = [
+    ({"policy": "snapkv", "budget": "strength"}, "aircache.budget is a knob of aircache, not of"),
+    ({"policy": "h2o", "window": "last-3"}, "aircache.window is a knob of aircache, snapkv, pyra"),
+    ({"policy": "random", "ablation": {"kernel": 3}}, "aircache.ablation.kernel is a knob of snap"),
+    ({"ablation": {"seed": 3}}, "aircache.ablation.seed is a knob of random, not of policy airc"),
+    ({"policy": "snapkv", "window": "all"}, "aircache.window must be last-N with policy snapkv"),
+    ({"min_visual_mass": 0.9, "retention": 0.1}, "chooses the retention; drop aircache.retention"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), IN_VAIN, ids=str)
+def test_a_knob_that_would_be_turned_in_vain(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AirCacheConfig().with_overrides({"aircache": overrides})
+    # as the server's default the same knob only waits for a policy that has it
+    AirCacheConfig(budget="strength", window="all").with_overrides({"aircache": {"policy": "h2o"}})
+
+
+def test_what_requests_must_share_to_share_a_replica() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"policy": name} for name in POLICIES if name != "aircache"),
+        {"retention": 0.2},
+        {"min_visual_mass": 0.2},
+        {"window": "all"},
+        {"ablation": {"merge": 0.2}},
+    ]
+    variants = [AirCacheConfig().with_overrides({"aircache": c}).variant() for c in changes]
+    assert len(set(variants)) == len(changes)
+    one = AirCacheConfig(retention=0.2).with_overrides({"aircache": {"min_visual_mass": 0.5}})
+    other = AirCacheConfig().with_overrides({"aircache": {"min_visual_mass": 0.5}})
+    assert one.variant() == other.variant(), "the retention is chosen, not asked for"
+
+
+@pytest.mark.parametrize(
+    ("config", "observed"),
+    [
+        (AirCacheConfig(), (INSTRUCTION_LIMIT, 0)),
+        (AirCacheConfig(window="last-7"), (7, 0)),
+        (AirCacheConfig(window="visual-32"), (0, 32)),
+        (AirCacheConfig(policy="snapkv"), (32, 0)),
+        (AirCacheConfig(policy="pyramidkv", window="last-16"), (16, 0)),
+        (AirCacheConfig(policy="vlcache", window="last-16"), (INSTRUCTION_LIMIT, 0)),
+    ],
+)
+def test_observed(config: AirCacheConfig, observed: tuple[int, int]) -> None:
+    assert config.observed() == observed
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.policy import Policy, States, importance_batched
 from aircache_sglang.runtime import compress
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass, layer_blocks
 from aircache_sglang.runtime.decode import layer_cell_rows
@@ -133,33 +134,30 @@ def test_layer_blocks_cover_each_layer_once(n_layers: int, bytes_per_layer: int)
         assert (block.stop - block.start) * bytes_per_layer <= max(64 << 20, bytes_per_layer)
 
 
-class FixedPolicy:
+class FixedPolicy(Policy):
     """Keeps what it is told to, and checks what it is asked."""
+
+    reads_context = True
 
     def __init__(self, order: torch.Tensor, budgets: torch.Tensor) -> None:
         self.fixed_order, self.fixed_budgets = order, budgets
 
-    def score(
-        self, q: torch.Tensor, k_text: torch.Tensor, k_visual: torch.Tensor, *, scale: float
-    ) -> torch.Tensor:
-        self.seen = (q, k_text, k_visual, scale)
-        return torch.zeros(k_visual.shape[0], k_visual.shape[2], k_visual.shape[1])
-
-    def statistics(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores.sum((1, 2))[None]
+    def score(self, states: States) -> torch.Tensor:
+        self.seen = states
+        return -self.fixed_order.argsort(-1).float()
 
     def budgets(self, statistics: torch.Tensor, n_visual: int, m: int) -> torch.Tensor:
         assert n_visual == self.fixed_order.shape[2]
         assert self.fixed_budgets.sum() == self.fixed_order.shape[0] * m
         return self.fixed_budgets
 
-    def order(self, scores: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-        return self.fixed_order
-
 
 class OneRank:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def first(self, n_local: int) -> int:
+        return 0
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -180,7 +178,9 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     extra = slots[18 : 18 + m + n_copies]
     req_to_token = torch.full((4, 32), -7, dtype=torch.int32)
     req_to_token[2, :18] = slots[:18]
-    intent = Intent(AirCacheConfig(return_selection=True, reuse=reuse), prompt, m)
+    # The mass is measured by the elite window, whatever the policy's own is.
+    config = AirCacheConfig(window="all", return_selection=True, reuse=reuse)
+    intent = Intent(config, prompt, m)
     assert (prompt.n_between, intent.n_extra) == (3, m + n_copies)
     record = CompressionRecord(intent, 2, slots[: prompt.end].clone(), extra)
     table = CompressionTable(4, n_layers, "cpu")
@@ -188,12 +188,15 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     order = torch.rand((n_layers, n_heads, 10), generator=g).argsort(-1)
     policy = FixedPolicy(order, budgets)
     q = torch.randn((n_layers, 3, 4, dim), generator=g)
-    monkeypatch.setattr(compress, "policy_of", lambda name, config: policy)
-    TorchPass(Cells(k_all, v_all, req_to_token, table, OneRank(), 0.5), "any")([Job(record, q)])
-    assert torch.equal(policy.seen[0], q)
-
-    assert torch.equal(policy.seen[1], k_before[:, slots[15:18]])
-    assert torch.equal(policy.seen[2], k_before[:, slots[prompt.visual_positions()]])
+    monkeypatch.setattr(compress, "policy_of", lambda config: policy)
+    TorchPass(Cells(k_all, v_all, req_to_token, table, OneRank(), 0.5))([Job(record, q)])
+    assert torch.equal(policy.seen.q_text, q) and policy.seen.scale == 0.5
+    assert torch.equal(policy.seen.k_text, k_before[:, slots[15:18]])
+    k_visual = k_before[:, slots[prompt.visual_positions()]]
+    assert torch.equal(policy.seen.k_visual, k_visual)
+    assert policy.seen.k_context is not None
+    context = slots[[0, 1, *prompt.between_positions().tolist()]]
+    assert torch.equal(policy.seen.k_context, k_before[:, context])
     row = req_to_token[2].tolist()
     assert row[:2] == slots[:2].tolist()
     assert row[2:5] == record.columns.tolist()
@@ -213,7 +216,15 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     assert table.cell_offset[2].tolist() == [0, 1, 7, 9]
     assert table.gap_len.tolist() == [0, 0, 10, 0]
     assert record.budgets is not None
-    assert record.report("aircache") == {
+    scores = importance_batched(q, k_before[:, slots[15:18]], k_visual, scale=0.5)
+    shares = [
+        float(scores[layer, head, order[layer, head, :n]].sum() / scores[layer, head].sum())
+        for layer, n in enumerate([1, 6, 2])
+        for head in range(n_heads)
+    ]
+    report = record.report()
+    assert report.pop("visual_mass") == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+    assert report == {
         "policy": "aircache",
         "retention": 0.1,
         "visual_tokens": 10,

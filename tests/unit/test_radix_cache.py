@@ -137,13 +137,12 @@ class World:
         )
         self.rows = ReqToTokenPool(rows, 256, "cpu", enable_memory_saver=False)
         compressor = Compressor.__new__(Compressor)
-        compressor.policy_name = "aircache"
         compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3)
         compressor.pool = self.pool
         compressor.req_to_token = self.rows.req_to_token
-        compressor.records = {}
+        compressor.records, compressor.surplus = {}, {}
         compressor.table = CompressionTable(rows + 1, LAYERS, "cpu")
-        one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x)
+        one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
         compressor.metrics = Metrics(None)
         cells = Cells(
             self.pool.k_all,
@@ -153,7 +152,7 @@ class World:
             one_rank,  # type: ignore[arg-type]
             1.0,
         )
-        compressor.compress = TorchPass(cells, "aircache")
+        compressor.compress = TorchPass(cells)
         decoder = TorchDecoder(self.pool, compressor.table, self.rows.req_to_token)
         compressor.attention = AttentionState(
             self.pool, decoder, TorchExtender(self.pool, self.rows.req_to_token)
@@ -248,6 +247,10 @@ class World:
         for position in range(req.prefix_len, req.extend_end):
             tokens = tuple(req.ids[: position + 1])
             self._write(int(row[position]), lossy(beside, tokens) if beside else truth(tokens))
+        for sums in self.compressor.attention.sum_work:
+            for layer in range(LAYERS):
+                q = torch.ones((extend, Q_HEADS, DIM))[sums.source]
+                sums.total.add(layer, q, self.pool.k_all[layer, sums.slots], sums.first, 1.0)
 
     def _write(self, slot: int, value: float) -> None:
         assert slot != 0
@@ -314,10 +317,11 @@ class World:
             return []
         row = self.rows.req_to_token[kv.req_pool_idx].tolist()
         record = self.compressor.records.get(kv.req_pool_idx)
+        surplus = self.compressor.surplus.get(kv.req_pool_idx, torch.empty(0)).tolist()
         if record is None:
-            return row[kv.cache_protected_len : kv.kv_allocated_len]
+            return surplus + row[kv.cache_protected_len : kv.kv_allocated_len]
         prompt = record.intent.prompt
-        behind = row[max(prompt.end, kv.cache_protected_len) : kv.kv_allocated_len]
+        behind = surplus + row[max(prompt.end, kv.cache_protected_len) : kv.kv_allocated_len]
         if not record.shared:
             behind += record.extra.tolist()
         if record.stage is Stage.PREFILLED:
@@ -347,11 +351,11 @@ class World:
             assert not set(row.tolist()) & set(free), "a row names a slot that is free"
             # SGLang's busy check counts this much.
             stock = req.kv.kv_allocated_len - req.kv.cache_protected_len
-            record = self.compressor.records.get(req.kv.req_pool_idx)
-            private = stock if record is None else record.private_tokens(stock)
+            private = self.compressor.private_tokens(req.kv.req_pool_idx, stock)
             assert private == len(self.owned(req))
         rows = {req.kv.req_pool_idx for req in self.live if req.kv.holds_kv}
         assert set(self.compressor.records) <= rows
+        assert set(self.compressor.surplus) <= rows
         assert len(self.rows.free_slots) == self.rows.size - len(rows)
 
     def _check_node(self, node: Node, tokens: tuple[int, ...]) -> None:
@@ -735,6 +739,80 @@ def test_without_room_for_the_columns_a_request_is_served_uncompressed() -> None
     assert not hasattr(req, "aircache_info")
 
 
+@with_reuse
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize(("mass", "m"), [(1e-9, 1), (0.2, None), (0.9999, 0)])
+def test_a_promised_mass(mass: float, m: int | None, disable: bool, config: Any) -> None:
+    """The most columns are reserved; what the pass does not need is free after its result."""
+    world = World(100, disable=disable)
+    ids, spans = pictures((12, 1), (8, 2), between=2)
+    req = world.submit([*ids, 7, 8, 9], spans, {**(config or {}), "min_visual_mass": mass})
+    copies = 2 if config else 0
+    assert world.compressor.slots_to_reserve(req, None) == 10 + copies
+    assert world.prefill(req)
+    world.check()
+    record = world.compressor.records.get(req.kv.req_pool_idx)
+    kept = 0 if record is None else record.intent.columns
+    surplus = world.compressor.surplus[req.kv.req_pool_idx].numel()
+    assert surplus == 10 + copies - (kept + copies if kept else 0)
+    assert (kept == m) if m is not None else 1 < kept < 10
+    world.result(req)
+    world.check()
+    assert not world.compressor.surplus
+    report = getattr(req, "aircache_info", None)
+    if record is None:
+        assert report is None
+    else:
+        assert report["columns"] == kept == round(20 * report["retention"]) or kept == 1
+        assert report["visual_mass"] >= mass
+        assert sum(report["layer_budgets"]) == LAYERS * kept
+    world.decode(req)
+    world.check()
+    world.finish(req)
+    world.check()
+    assert world.free_or_evictable() == 100
+
+
+@pytest.mark.parametrize("phase", ["finish", "retract"])
+def test_surplus_is_given_back_without_a_result(phase: str) -> None:
+    world = World(100)
+    ids, spans = pictures((12, 1), (8, 2))
+    req = world.submit([*ids, 7, 8], spans, {"min_visual_mass": 0.3})
+    assert world.prefill(req)
+    assert world.compressor.surplus
+    if phase == "finish":
+        world.finish(req, checkpoint=False)
+    else:
+        world.retract(req)
+    assert not world.compressor.surplus
+    world.check()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_what_scores_visual_queries_computes_them_anew(chunk: int) -> None:
+    ids, spans = pictures((12, 1), (6, 2), between=2)
+    for config, limit in (
+        ({"policy": "h2o"}, len(HEAD)),
+        ({"window": "visual-4"}, len(ids) - 4),
+        ({"window": "visual-8"}, len(ids) - 6 - 2 - 2),
+        ({}, len(ids)),
+    ):
+        world = World(80)
+        world.finish(world.run(world.submit([*ids, 7, 8, 9], spans)))
+        req = world.submit([*ids, 7, 8, 9], spans, config)
+        assert world.prefill(req, chunk)
+        first = req.extend_end - min(chunk, len(ids) + 3 - limit)
+        assert first == limit
+        while req.phase is Phase.CHUNKED:
+            assert world.prefill(req, chunk)
+            world.check()
+        world.result(req)
+        world.check()
+        assert req.aircache_info["columns"] == 7
+        world.finish(req)
+        world.check()
+
+
 def test_a_pool_that_can_never_hold_the_columns_leaves_the_request_alone() -> None:
     ids, spans = pictures((12, 1))
     for size, compressed in ((30, False), (40, True)):
@@ -754,7 +832,11 @@ class Menu:
     tails = ([7, 8], [7, 8, 9, 9, 9])
     layouts = (((6, 1),), ((3, 1), (4, 2)), ((4, 3), (4, 3), (2, 1)), ())
     between = (1, 0)
-    configs = (None, {"retention": 1.0}, REUSE, {"retention": 0.6, **REUSE})
+    configs = (
+        *(None, {"retention": 1.0}, REUSE, {"retention": 0.6, **REUSE}),
+        *({"policy": "h2o"}, {"window": "visual-2", **REUSE}),
+        *({"min_visual_mass": 0.3, **REUSE}, {"min_visual_mass": 0.999}),
+    )
 
 
 def has(*phases: Phase) -> Any:

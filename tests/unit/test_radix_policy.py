@@ -123,6 +123,7 @@ class World:
         self.cells = Cells(kv, kv, self.rows.req_to_token, table, table, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
+        self.surplus: dict[int, torch.Tensor] = {}
         self.counts: Counter[str] = Counter()
         params = CacheInitParams(
             disable=disable,
@@ -240,7 +241,8 @@ class World:
             for source, slot in zip(between.tolist(), record.copies.tolist(), strict=True):
                 self.label[slot] = self.label[source]
         budgets = torch.full((2,), intent.columns)
-        self.cells.finish(record, budgets, torch.zeros(1, 2 * intent.columns))
+        mass = torch.tensor(1.0, dtype=torch.float64)
+        self.cells.finish(record, budgets, torch.zeros(1, 2 * intent.columns), mass)
         return True
 
     def release(self, req: Request, *, checkpoint: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
@@ -29,6 +29,9 @@ class OneRank:
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def first(self, n_local: int) -> int:
+        return 0
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -100,15 +103,25 @@ MIXED = (
 KV_DTYPES = pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 
 
+# What the kernels do not have goes to torch, beside a request that they do.
+PEERS = (
+    SAME,
+    dataclasses.replace(SAME, policy="snapkv"),
+    dataclasses.replace(SAME, budget="pyramid", ablation=Ablation(merge=0.5)),
+)
+
+
 @KV_DTYPES
-@pytest.mark.parametrize("configs", [(SAME, SAME, SAME), MIXED], ids=["one group", "groups"])
+@pytest.mark.parametrize(
+    "configs", [(SAME, SAME, SAME), MIXED, PEERS], ids=["one group", "groups", "peers"]
+)
 def test_passes_agree(configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype) -> None:
     torch_side, kernel_side = build(list(configs), kv_dtype), build(list(configs), kv_dtype)
-    TorchPass(torch_side.cells, "aircache")(torch_side.jobs)
+    TorchPass(torch_side.cells)(torch_side.jobs)
     KernelPass(kernel_side.cells)(kernel_side.jobs)
     for ours, theirs in zip(torch_side.jobs, kernel_side.jobs, strict=True):
-        assert ours.record.report("aircache") == theirs.record.report("aircache")
-    budgets = [job.record.report("aircache")["layer_budgets"] for job in torch_side.jobs]
+        assert ours.record.report() == theirs.record.report()
+    budgets = [job.record.report()["layer_budgets"] for job in torch_side.jobs]
     assert any(len(set(layers)) > 1 for layers in budgets), "the split over layers is untested"
     for name in ("gap_start", "gap_len", "cell_offset"):
         ours_, theirs_ = (getattr(s.cells.table, name) for s in (torch_side, kernel_side))
@@ -120,7 +133,7 @@ def test_passes_agree(configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype
 def test_decoders_agree(kv_dtype: torch.dtype) -> None:
     """Each implementation reads what it packed: cell orders may differ, attention must not."""
     sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
-    TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
+    TorchPass(sides[0].cells)(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
     rows = torch.tensor([3, 4, 1, 2])
     seq_lens = torch.tensor([PROMPTS[2].length + 2, 50, PROMPTS[0].length + 1, PROMPTS[1].length])
@@ -143,7 +156,7 @@ def test_decoders_agree(kv_dtype: torch.dtype) -> None:
 def test_extenders_agree(kv_dtype: torch.dtype) -> None:
     """The last tokens of two requests, between others' rows, which stay as they are."""
     sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
-    TorchPass(sides[0].cells, "aircache")(sides[0].jobs)
+    TorchPass(sides[0].cells)(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
     q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1))
     outputs = []

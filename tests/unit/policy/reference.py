@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AirCache section 3 restated with loops over Python floats: no torch, no broadcasting.
+"""AirCache section 3 and the papers of its peers, with loops over Python floats: no torch at all.
 
 Every list is nested as [token][head][dim]; scores as [head][token] or [layer][head][token].
 """
@@ -100,7 +100,16 @@ def shares(scores: list[list[Vector]], budget: str) -> Vector:
         "strength": by_strength,
         "skewness": by_skewness,
         "uniform": [1.0] * len(scores),
+        "pyramid": pyramid(len(scores)),
     }[budget]
+
+
+def pyramid(n_layers: int) -> Vector:
+    """PyramidKV: an arithmetic sequence from 2 - 1 / 20 down to 1 / 20, mean 1."""
+    if n_layers == 1:
+        return [1.0]
+    first, last = 2 - 1 / 20, 1 / 20
+    return [first + (last - first) * i / (n_layers - 1) for i in range(n_layers)]
 
 
 def quotas(weights: list[Fraction], total: int, cap: int) -> list[Fraction]:
@@ -147,3 +156,99 @@ def select(scores: list[list[Vector]], budgets: list[int]) -> list[list[list[int
         [sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]) for row in layer]
         for layer, count in zip(scores, budgets, strict=True)
     ]
+
+
+def prompt_rows(
+    q: Heads, k_before: Heads, k_text: Heads, head: int, group: int, scale: float
+) -> list[Vector]:
+    """The causal attention rows of the instruction over all before it and itself."""
+    keys = [key[head // group] for key in (*k_before, *k_text)]
+    return [
+        softmax([dot(query[head], key) * scale for key in keys[: len(k_before) + i + 1]])
+        for i, query in enumerate(q)
+    ]
+
+
+def votes(
+    q: Heads, k_context: Heads, k_visual: Heads, k_text: Heads, window: int, scale: float
+) -> list[Vector]:
+    """Per query head, the attention that each visual token gets from the last `window` tokens."""
+    n_heads, group = len(q[0]), len(q[0]) // len(k_text[0])
+    first, last = len(k_context), len(k_context) + len(k_visual)
+    result = []
+    for head in range(n_heads):
+        rows = prompt_rows(q, [*k_context, *k_visual], k_text, head, group, scale)[-window:]
+        result.append([math.fsum(row[j] for row in rows) for j in range(first, last)])
+    return result
+
+
+def max_pool(row: Vector, kernel: int) -> Vector:
+    half = kernel // 2
+    return [max(row[max(0, i - half) : i + half + 1]) for i in range(len(row))]
+
+
+def over_groups(rows: list[Vector], n_kv: int) -> list[Vector]:
+    """Mean over the query heads of each KV group."""
+    group = len(rows) // n_kv
+    return [
+        [math.fsum(column) / group for column in zip(*rows[g * group :][:group], strict=True)]
+        for g in range(n_kv)
+    ]
+
+
+def density(
+    q: Heads, k_before: Heads, k_text: Heads, scale: float, threshold: float = 0.01
+) -> float:
+    """VL-Cache: the part of the visible entries that reach `threshold` of their row's highest."""
+    n_heads, group = len(q[0]), len(q[0]) // len(k_text[0])
+    seen = dense = 0
+    for head in range(n_heads):
+        for row in prompt_rows(q, k_before, k_text, head, group, scale):
+            seen += len(row)
+            dense += sum(1 for p in row if p >= threshold * max(row))
+    return dense / seen
+
+
+def prefix_sizes(scores: list[list[Vector]], p: float) -> list[int]:
+    """PrefixKV: per layer the shortest prefix of the order whose cumulated priority reaches p."""
+    sizes = []
+    for layer in scores:
+        ranked = [sorted((x / math.fsum(row) for x in row), reverse=True) for row in layer]
+        priority = [math.fsum(column) / len(layer) for column in zip(*ranked, strict=True)]
+        carried, size = 0.0, 0
+        while size < len(priority) and (carried < p or size == 0):
+            carried += priority[size]
+            size += 1
+        sizes.append(size)
+    return sizes
+
+
+def prefix_budgets(scores: list[list[Vector]], total: int) -> list[int] | None:
+    """Binary search for the p whose sizes add up to `total`; None where a tie skips it."""
+    low, high = 0.0, 1.0 + 1e-9
+    for _ in range(60):
+        p = (low + high) / 2
+        sizes = prefix_sizes(scores, p)
+        if sum(sizes) == total:
+            return sizes
+        low, high = (p, high) if sum(sizes) < total else (low, p)
+    return None
+
+
+def merge(
+    k: list[Vector], v: list[Vector], order: list[int], budget: int, share: float
+) -> dict[int, tuple[Vector, Vector]]:
+    """Table 11 for one head: kept ordinal to its merged key and value."""
+    kept, dropped = order[:budget], order[budget:]
+
+    def cosine(a: Vector, b: Vector) -> float:
+        return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+    members = {i: [i] for i in kept}
+    for i in dropped[: round(share * len(dropped))]:
+        members[max(kept, key=lambda j: cosine(k[i], k[j]))].append(i)
+
+    def mean(rows: list[Vector]) -> Vector:
+        return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+    return {i: (mean([k[j] for j in m]), mean([v[j] for j in m])) for i, m in members.items()}

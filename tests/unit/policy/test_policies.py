@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from aircache_sglang import config
 from aircache_sglang.policy import (
     BUDGET_MODES,
     ELITE_MODES,
     AirCache,
     Policy,
+    States,
     columns,
     elite_mask_batched,
     get_policy,
@@ -23,10 +27,11 @@ from aircache_sglang.policy import (
     importance_batched,
     layer_budgets,
     layer_budgets_from_statistics,
+    merge_dropped,
     policy_names,
     register_policy,
-    select,
     select_padded,
+    visual_mass,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,7 +46,7 @@ from aircache_sglang import policy
 
 value = torch.rand(3, 2, 10)
 assert sum(len(kept[0]) for kept in policy.select(value, policy.layer_budgets(value, 0.5))) == 15
-assert policy.policy_names() == ("aircache",)
+assert "aircache" in policy.policy_names()
 # An editable install brings a finder of its own, named after the distribution.
 inside = {
     name
@@ -68,49 +73,135 @@ def test_import_needs_torch_alone() -> None:
 
 
 def states(
-    layers: int = 4, n_text: int = 9, n_visual: int = 40, device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((layers, n_text, 6, 8), (layers, n_text, 2, 8), (layers, n_visual, 2, 8))
-    q, k, v = (torch.randn(size, generator=generator).to(device) for size in sizes)
-    return q, k, v
+    layers: int = 4, n_text: int = 9, n_visual: int = 40, device: str = "cpu", seed: int = 0
+) -> States:
+    """All that any policy looks at; 3 tokens of context, a visual window of 4."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(n: int, heads: int) -> torch.Tensor:
+        return torch.randn((layers, n, heads, 8), generator=generator).to(device)
+
+    return States(
+        q_text=normal(n_text, 6),
+        k_text=normal(n_text, 2),
+        k_visual=normal(n_visual, 2),
+        k_context=normal(3, 2),
+        q_visual=normal(min(4, n_visual), 6),
+        accumulated=normal(n_visual, 2)[..., 0].abs().transpose(1, 2),
+        salt=7,
+    )
 
 
-@pytest.mark.parametrize("name", policy_names())
+def part_of(whole: States, layers: slice, heads: slice) -> States:
+    """What a rank with those KV heads, or a block of those layers, would be given."""
+    group = whole.q_text.shape[2] // whole.k_text.shape[2]
+    query_heads = slice(heads.start * group, heads.stop * group)
+    assert whole.k_context is not None and whole.q_visual is not None
+    assert whole.accumulated is not None
+    return dataclasses.replace(
+        whole,
+        q_text=whole.q_text[layers, :, query_heads],
+        k_text=whole.k_text[layers, :, heads],
+        k_visual=whole.k_visual[layers, :, heads],
+        k_context=whole.k_context[layers, :, heads],
+        q_visual=whole.q_visual[layers, :, query_heads],
+        accumulated=whole.accumulated[layers, heads],
+        first_layer=layers.start,
+        first_head=heads.start,
+    )
+
+
+POLICIES = [
+    *((name, {}) for name in policy_names()),
+    ("aircache", {"visual": 4}),
+    ("aircache", {"budget": "pyramid"}),
+    ("snapkv", {"window": 3, "kernel": 1}),
+    ("random", {"seed": 5}),
+    ("streaming", {"sinks": 0}),
+]
+matrix = pytest.mark.parametrize(("name", "options"), POLICIES, ids=str)
+
+
+@matrix
+@pytest.mark.parametrize("n_visual", [1, 2, 40])
 @pytest.mark.parametrize("retention", [1e-6, 0.1, 0.5, 1.0])
-def test_every_policy_fills_its_columns(name: str, retention: float) -> None:
-    policy = get_policy(name)
+def test_every_policy_fills_its_columns(
+    name: str, options: dict[str, Any], n_visual: int, retention: float
+) -> None:
+    policy, given = get_policy(name, **options), states(n_visual=n_visual)
     assert policy.name == name
-    scores = policy.score(*states())
-    assert scores.dtype == torch.float32 and scores.shape == (4, 2, 40)
-    m = columns(retention, 40)
-    statistics = policy.statistics(scores)
+    scores = policy.score(given)
+    assert scores.dtype == torch.float32 and scores.shape == (4, 2, n_visual)
+    assert scores.isfinite().all()
+    statistics = policy.statistics(given, scores)
     assert statistics.dtype == torch.float64 and statistics.shape[-1] == 4
-    halves = torch.stack([policy.statistics(half) for half in scores.chunk(2, dim=1)])
-    torch.testing.assert_close(halves.mean(dim=0), statistics)
-    budgets = policy.budgets(statistics, 40, m)
+    m = columns(retention, n_visual)
+    budgets = policy.budgets(statistics, n_visual, m)
     assert budgets.dtype == torch.int64 and int(budgets.sum()) == 4 * m
-    assert all(1 <= count <= 40 for count in budgets.tolist())
-    order = policy.order(scores, budgets)
-    for l, kept in enumerate(select(scores, budgets)):
-        assert order[l, :, : int(budgets[l])].sort(dim=-1).values.tolist() == kept.tolist()
+    assert all(1 <= count <= n_visual for count in budgets.tolist())
+    # the same prompt, the same tokens
+    assert torch.equal(policy.score(states(n_visual=n_visual)), scores)
+    assert torch.equal(policy.budgets(policy.statistics(given, scores), n_visual, m), budgets)
+
+
+@matrix
+def test_blocks_of_layers_and_shards_of_heads_make_the_whole(
+    name: str, options: dict[str, Any]
+) -> None:
+    policy, whole = get_policy(name, **options), states()
+    scores = policy.score(whole)
+    statistics = policy.statistics(whole, scores)
+    blocks = [part_of(whole, layers, slice(0, 2)) for layers in (slice(0, 1), slice(1, 4))]
+    ranks = [part_of(whole, slice(0, 4), heads) for heads in (slice(0, 1), slice(1, 2))]
+    for parts, axis in ((blocks, 0), (ranks, 1)):
+        found = [policy.score(part) for part in parts]
+        torch.testing.assert_close(torch.cat(found, dim=axis), scores, rtol=1e-5, atol=1e-7)
+    by_rank = [policy.statistics(part, policy.score(part)) for part in ranks]
+    torch.testing.assert_close(torch.stack(by_rank).mean(dim=0), statistics, rtol=1e-5, atol=1e-7)
+    by_block = [policy.statistics(part, policy.score(part)) for part in blocks]
+    torch.testing.assert_close(torch.cat(by_block, dim=1), statistics, rtol=1e-5, atol=1e-7)
+
+
+@matrix
+def test_budgets_add_up_whatever_the_statistics_hold(name: str, options: dict[str, Any]) -> None:
+    policy, given = get_policy(name, **options), states()
+    statistics = policy.statistics(given, policy.score(given))
+    for value in (0.0, math.nan, math.inf, -1.0):
+        budgets = policy.budgets(torch.full_like(statistics, value), 40, 7)
+        assert int(budgets.sum()) == 28 and int(budgets.min()) >= 1 and int(budgets.max()) <= 40
+
+
+@matrix
+def test_no_policy_waits_for_the_device(name: str, options: dict[str, Any]) -> None:
+    # a meta tensor has no data: anything that looked at a value would raise
+    policy, given = get_policy(name, **options), states(device="meta")
+    scores = policy.score(given)
+    budgets = policy.budgets(policy.statistics(given, scores), 40, 4)
+    assert scores.shape == (4, 2, 40) and budgets.shape == (4,)
+    selected = torch.zeros((2, 16), dtype=torch.int64, device="meta")
+    assert visual_mass(scores, selected, budgets).device.type == "meta"
+    k = given.k_visual[0]
+    order = select_padded(scores, budgets)[0]
+    assert merge_dropped(k, k, order, budgets[0], 0.5)[0].shape == k.shape
 
 
 @pytest.mark.parametrize("budget", BUDGET_MODES)
 @pytest.mark.parametrize("elite", ELITE_MODES)
 def test_aircache_composes_the_public_functions(budget: str, elite: str) -> None:
-    q, k, v = states()
+    given = dataclasses.replace(states(), scale=0.5)
+    q, k, v = given.q_text, given.k_text, given.k_visual
     policy = get_policy("aircache", alpha=0.4, elite=elite, budget=budget, window=5)
-    scores = policy.score(q, k, v, scale=0.5)
+    scores = policy.score(given)
     wanted = importance_batched(q, k, v, alpha=0.4, scale=0.5, elite=elite, window=5)
     assert torch.equal(scores, wanted)
-    budgets = policy.budgets(policy.statistics(scores), 40, columns(0.2, 40))
+    budgets = policy.budgets(policy.statistics(given, scores), 40, columns(0.2, 40))
     assert torch.equal(budgets, layer_budgets(wanted, 0.2, budget=budget))
 
 
 def test_engine_functions_never_wait_for_the_device() -> None:
     # a meta tensor has no data: anything that looked at a value would raise
-    q, k, v = states(device="meta")
+    given = states(device="meta")
+    q, k, v = given.q_text, given.k_text, given.k_visual
     for elite in ELITE_MODES:
         assert elite_mask_batched(q, k, elite=elite).shape == (4, 6, 9)
         for size in (1, 500, 1 << 25):
@@ -122,15 +213,14 @@ def test_engine_functions_never_wait_for_the_device() -> None:
         budgets = layer_budgets(scores, 0.1, budget=budget)
         assert budgets.dtype == torch.int64 and budgets.device.type == "meta"
     assert select_padded(scores, budgets).shape == (4, 2, 40)
-    policy = get_policy("aircache")
-    assert policy.order(policy.score(q, k, v), budgets).shape == (4, 2, 40)
 
 
 @pytest.mark.gpu
 def test_engine_functions_on_a_gpu_equal_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    inputs = [tensor.double() for tensor in states()]
+    given = states()
+    inputs = [tensor.double() for tensor in (given.q_text, given.k_text, given.k_visual)]
     on_gpu = [tensor.cuda() for tensor in inputs]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -147,10 +237,11 @@ def test_engine_functions_on_a_gpu_equal_the_cpu() -> None:
 
 
 def test_registry() -> None:
-    assert policy_names() == ("aircache",)
+    assert policy_names() == config.POLICIES == tuple(sorted(config.POLICIES))
+    assert BUDGET_MODES == config.BUDGET_MODES and ELITE_MODES == config.ELITE_MODES
     assert get_policy("aircache", alpha=0.5) == AirCache(alpha=0.5)
-    with pytest.raises(ValueError, match="policy must be one of aircache, got 'snapkv'"):
-        get_policy("snapkv")
+    with pytest.raises(ValueError, match=r"policy must be one of aircache, .*, got 'snap'"):
+        get_policy("snap")
     with pytest.raises(ValueError, match=r"policy 'aircache': .*'beta'"):
         get_policy("aircache", beta=1)
     assert register_policy(AirCache) is AirCache

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that the visual tokens get from all queries, summed up while the prefill runs (H2O)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from aircache_sglang.policy import accumulate
+
+
+class AttentionSum:
+    """One request's sums, float32 [H_kv, N_v] a layer, whatever the number of queries.
+
+    Queries before the first visual token see no picture and are skipped; so the prefill may find
+    that much in the tree, and not more.
+    """
+
+    def __init__(self, start: int, length: int, visual: torch.Tensor) -> None:
+        """start: the first visual position; length: of the prompt; visual: int64 [N_v]."""
+        self._filled_to, self._length, self._visual = start, length, visual
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def claim(
+        self, extend_start: int, extend_end: int, first_row: int, row: torch.Tensor
+    ) -> SumWork | None:
+        """Queries of this forward to look at; None where the chunk holds none.
+
+        extend_start, extend_end: positions computed now; first_row: their first row in the batch;
+        row: the request's entries in `req_to_token`.
+        """
+        lo, hi = max(self._filled_to, extend_start), min(self._length, extend_end)
+        if lo >= hi:
+            return None
+        # A gap means that visual tokens were matched in the tree; their queries are lost.
+        assert lo == self._filled_to, f"queries skip from {self._filled_to} to {lo}"
+        self._filled_to = hi
+        source = slice(first_row + lo - extend_start, first_row + hi - extend_start)
+        return SumWork(self, source, lo, row[:hi].long())
+
+    def add(self, layer: int, q: torch.Tensor, k: torch.Tensor, first: int, scale: float) -> None:
+        """q: [n, H_q, D] of the positions from `first` on; k: [T, H_kv, D] of all positions."""
+        self._visual = self._visual.to(k.device)
+        total = self._layers.get(layer)
+        if total is None:
+            total = torch.zeros((k.shape[1], self._visual.numel()), device=k.device)
+            self._layers[layer] = total
+        accumulate(total, q, k, first, self._visual, scale)
+
+    def stacked(self, n_layers: int) -> torch.Tensor:
+        """float32 [L, H_kv, N_v]."""
+        assert self._filled_to == self._length, f"sums end at {self._filled_to}"
+        return torch.stack([self._layers[layer] for layer in range(n_layers)])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SumWork:
+    """Add the attention of batch rows `source`, positions from `first` on, to `total`.
+
+    slots: int64 [T], of the request's tokens up to the last of these queries.
+    """
+
+    total: AttentionSum
+    source: slice
+    first: int
+    slots: torch.Tensor

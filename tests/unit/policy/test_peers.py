@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each peer of AirCache against its paper, restated with loops; attention mass and merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aircache_sglang.policy import (
+    States,
+    accumulate,
+    get_policy,
+    importance_batched,
+    layer_budgets,
+    merge_dropped,
+    prompt_attention,
+    select,
+    select_padded,
+    visual_mass,
+)
+from tests.unit.policy import reference
+
+L, N_T, N_V, N_C, H_KV, GROUP, D = 3, 7, 19, 4, 2, 2, 8
+SCALE = 0.6
+
+
+@pytest.fixture(scope="module")
+def given() -> States:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(n: int, heads: int) -> Tensor:
+        return torch.randn((L, n, heads, D), generator=generator, dtype=torch.float64)
+
+    return States(
+        q_text=normal(N_T, H_KV * GROUP),
+        k_text=normal(N_T, H_KV),
+        k_visual=normal(N_V, H_KV),
+        k_context=normal(N_C, H_KV),
+        q_visual=normal(5, H_KV * GROUP),
+        scale=SCALE,
+    )
+
+
+def votes(given: States, layer: int, window: int) -> list[list[float]]:
+    assert given.k_context is not None
+    parts = (given.q_text, given.k_context, given.k_visual, given.k_text)
+    return reference.votes(*(part[layer].tolist() for part in parts), window, SCALE)
+
+
+def assert_scores(scores: Tensor, wanted: list[Any]) -> None:
+    torch.testing.assert_close(scores, torch.tensor(wanted), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("window", "kernel"), [(3, 1), (3, 5), (32, 7)])
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
+def test_snapkv(given: States, name: str, window: int, kernel: int) -> None:
+    policy = get_policy(name, window=window, kernel=kernel)
+    wanted = [
+        reference.over_groups(
+            [reference.max_pool(row, kernel) for row in votes(given, layer, window)], H_KV
+        )
+        for layer in range(L)
+    ]
+    scores = policy.score(given)
+    assert_scores(scores, wanted)
+    budgets = policy.budgets(policy.statistics(given, scores), N_V, 6).tolist()
+    pyramid = reference.largest_remainder(reference.pyramid(L), 6 * L, N_V)
+    assert budgets == ([6] * L if name == "snapkv" else pyramid)
+    assert pyramid == [11, 6, 1], "the paper's sequence: 11.7, 6, 0.3, with a floor of 1"
+
+
+@pytest.mark.parametrize("name", ["elastic", "prefixkv", "vlcache"])
+def test_the_whole_instruction_votes(given: States, name: str) -> None:
+    wanted = [reference.over_groups(votes(given, layer, N_T), H_KV) for layer in range(L)]
+    assert_scores(get_policy(name).score(given), wanted)
+
+
+def test_vlcache_gives_to_the_dense_layers(given: States) -> None:
+    policy = get_policy("vlcache")
+    assert given.k_context is not None
+    # the second layer looks sharply at few tokens
+    sharp = given.q_text.clone()
+    sharp[1] *= 4
+    given = States(sharp, given.k_text, given.k_visual, given.k_context, scale=SCALE)
+    wanted = [
+        reference.density(
+            sharp[layer].tolist(),
+            [*given.k_context[layer].tolist(), *given.k_visual[layer].tolist()],  # type: ignore[index]
+            given.k_text[layer].tolist(),
+            SCALE,
+        )
+        for layer in range(L)
+    ]
+    statistics = policy.statistics(given, policy.score(given))
+    torch.testing.assert_close(statistics, torch.tensor([wanted], dtype=torch.float64))
+    budgets = policy.budgets(statistics, N_V, 5).tolist()
+    assert budgets == reference.largest_remainder(wanted, 5 * L, N_V)
+    assert budgets[1] == min(budgets) < max(budgets)
+
+
+@pytest.mark.parametrize("m", range(1, N_V + 1))
+def test_prefixkv_sizes_are_those_of_the_binary_search(given: States, m: int) -> None:
+    policy = get_policy("prefixkv")
+    flat = given.k_visual.clone()
+    flat[2] *= 0.1  # a layer with a long prefix
+    given = States(given.q_text, given.k_text, flat, given.k_context, scale=SCALE)
+    scores = policy.score(given)
+    wanted = reference.prefix_budgets(scores.double().tolist(), L * m)
+    assert wanted is not None
+    assert policy.budgets(policy.statistics(given, scores), N_V, m).tolist() == wanted
+    if 3 < m < 12:
+        assert len(set(wanted)) > 1, "this test needs uneven sizes"
+
+
+def test_streaming() -> None:
+    k = torch.zeros(2, 9, 3, 4)
+    for sinks, wanted in ((2, [0, 1, 8, 7, 6, 5, 4, 3, 2]), (0, [8, 7, 6, 5, 4, 3, 2, 1, 0])):
+        scores = get_policy("streaming", sinks=sinks).score(States(k, k, k))
+        order = select_padded(scores, torch.ones(2, dtype=torch.int64))
+        assert order.tolist() == [[wanted] * 3] * 2
+
+
+def test_random_is_even_and_its_own_in_each_layer_head_prompt_and_seed() -> None:
+    k = torch.zeros(6, 500, 4, 2)
+    scores = get_policy("random").score(States(k, k, k, salt=1)).double() / 2**24
+    assert scores.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert scores.var().item() == pytest.approx(1 / 12, abs=0.005)
+    correlation = torch.corrcoef(scores.flatten(0, 1))
+    assert (correlation - torch.eye(24)).abs().max() < 0.2
+    for seed, salt in ((1, 1), (0, 2)):
+        other = get_policy("random", seed=seed).score(States(k, k, k, salt=salt)).double() / 2**24
+        pair = torch.stack([scores.flatten(), other.flatten()])
+        assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.05
+
+
+@pytest.mark.parametrize("chunks", [[40], [13, 1, 20, 6]], ids=str)
+def test_h2o_sums_all_queries_in_any_chunks(
+    monkeypatch: pytest.MonkeyPatch, chunks: list[int]
+) -> None:
+    n, visual = 40, [*range(3, 14), *range(17, 30)]
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn((n, 4, D), generator=generator, dtype=torch.float64)
+    k = torch.randn((n, 2, D), generator=generator, dtype=torch.float64)
+    wanted = [[0.0] * len(visual) for _ in range(2)]
+    for head in range(4):
+        for i in range(n):
+            keys = [k[j, head // 2].tolist() for j in range(i + 1)]
+            row = reference.softmax(
+                [SCALE * reference.dot(q[i, head].tolist(), key) for key in keys]
+            )
+            for column, j in enumerate(visual):
+                wanted[head // 2][column] += row[j] / 2 if j <= i else 0.0
+    monkeypatch.setattr(prompt_attention, "MAX_ELEMENTS", 1000)  # several blocks a chunk
+    total = torch.zeros((2, len(visual)))
+    done = 0
+    for size in chunks:
+        rows = slice(done, done + size)
+        accumulate(total, q[rows], k[: done + size], done, torch.tensor(visual), SCALE)
+        done += size
+    assert_scores(total, wanted)
+    states = States(q[None], k[None], k[None], accumulated=total[None])
+    assert torch.equal(get_policy("h2o").score(states)[0], total)
+
+
+def test_blocks_of_rows_do_not_change_the_votes(
+    monkeypatch: pytest.MonkeyPatch, given: States
+) -> None:
+    whole = get_policy("vlcache").score(given)
+    monkeypatch.setattr(prompt_attention, "MAX_ELEMENTS", 1)
+    torch.testing.assert_close(get_policy("vlcache").score(given), whole)
+
+
+def test_the_visual_window_is_causal(given: States) -> None:
+    scores = get_policy("aircache", visual=5).score(given)
+    assert given.q_visual is not None
+    q, k = given.q_visual, given.k_visual
+    wanted = torch.zeros(L, H_KV, N_V, dtype=torch.float64)
+    for layer in range(L):
+        for head in range(H_KV * GROUP):
+            for w in range(5):
+                seen = N_V - 5 + w + 1
+                logits = [
+                    SCALE * reference.dot(q[layer, w, head].tolist(), key)
+                    for key in k[layer, :seen, head // GROUP].tolist()
+                ]
+                row = torch.tensor(reference.softmax(logits), dtype=torch.float64)
+                wanted[layer, head // GROUP, :seen] += row / (5 * GROUP)
+    torch.testing.assert_close(scores, wanted.float())
+
+
+def test_visual_mass(given: States) -> None:
+    scores = importance_batched(given.q_text, given.k_text, given.k_visual, scale=SCALE)
+    scores[1, 0] = 0.0  # nothing to lose there
+    budgets = layer_budgets(scores, 0.4)
+    kept = select(scores, budgets)
+    selected = torch.cat(kept, dim=1)
+    shares = [
+        1.0 if (l, h) == (1, 0) else float(scores[l, h, kept[l][h]].sum() / scores[l, h].sum())
+        for l in range(L)
+        for h in range(H_KV)
+    ]
+    mass = visual_mass(scores, selected, budgets)
+    assert mass.dtype == torch.float64
+    assert mass.item() == pytest.approx(sum(shares) / len(shares))
+    everything = torch.arange(N_V).repeat(H_KV, L)
+    assert visual_mass(scores, everything, torch.full((L,), N_V)).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("budget", [1, 6, N_V])
+def test_merge(given: States, share: float, budget: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    k = given.k_visual[0].float()
+    v = torch.randn(k.shape, generator=generator)
+    order = torch.rand((H_KV, N_V), generator=generator).argsort(-1)
+    new_k, new_v = merge_dropped(k, v, order, torch.tensor(budget), share)
+    for head in range(H_KV):
+        wanted = reference.merge(
+            k[:, head].tolist(), v[:, head].tolist(), order[head].tolist(), budget, share
+        )
+        assert len(wanted) == budget
+        for i, (key, value) in wanted.items():
+            torch.testing.assert_close(new_k[i, head], torch.tensor(key), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(new_v[i, head], torch.tensor(value), rtol=1e-5, atol=1e-6)
+    half = merge_dropped(k.bfloat16(), v.bfloat16(), order, torch.tensor(budget), share)
+    assert half[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapkv", {"window": 0}, "window must be an integer of at least 1, got 0"),
+        ("snapkv", {"kernel": 4}, "kernel must be an odd number, got 4"),
+        ("pyramidkv", {"kernel": 0}, "kernel must be an integer of at least 1, got 0"),
+        ("random", {"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ("streaming", {"sinks": 1.5}, "sinks must be an integer of at least 0, got 1.5"),
+        ("aircache", {"visual": True}, "visual must be an integer of at least 0, got True"),
+    ],
+)
+def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_policy(name, **options)
