@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -215,6 +216,26 @@ class Server:
         if response.status_code != 200:
             raise ServerError(f"HTTP {response.status_code}: {response.text}")
         return response.json()
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST with ``"stream": true``; the chunks as they arrive, on a connection of its own.
+
+        Raises ServerError unless the status is 200, and for a chunk that reports an error.
+        """
+        with requests.Session() as session:
+            session.trust_env = False
+            with session.post(
+                self.url + path, json={**body, "stream": True}, stream=True, timeout=self.timeout
+            ) as response:
+                if response.status_code != 200:
+                    raise ServerError(f"HTTP {response.status_code}: {response.text}")
+                for line in response.iter_lines():
+                    if not line.startswith(b"data: ") or line == b"data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix(b"data: "))
+                    if "error" in chunk:
+                        raise ServerError(str(chunk["error"]))
+                    yield chunk
 
     def generate(
         self,

@@ -32,6 +32,7 @@ BAD: list[tuple[str, Any]] = [
     *(("elite", value) for value in ("per_head", "", None)),
     *(("min_visual_tokens", value) for value in (0, -1, 1.0, "64", None, True)),
     *(("reuse", value) for value in ("lossy", "", None, True)),
+    *(("gate", value) for value in ("on", "", None, False)),
     *(("return_selection", value) for value in (1, 0, "true", None)),
 ]
 GOOD: list[tuple[str, Any]] = [
@@ -42,6 +43,7 @@ GOOD: list[tuple[str, Any]] = [
     *(("elite", value) for value in ELITE_MODES),
     *(("min_visual_tokens", value) for value in (1, 10_000)),
     *(("reuse", value) for value in ("exact", "compressed")),
+    *(("gate", value) for value in ("auto", "off")),
     *(("return_selection", value) for value in (True, False)),
 ]
 
