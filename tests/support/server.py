@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real SGLang server as a context manager, started as a user starts it."""
+"""A real SGLang server as a context manager, started as a user starts it; a client of any."""
 
 from __future__ import annotations
 
@@ -30,175 +30,21 @@ class ServerError(RuntimeError):
     """The server ended or did not become ready; the message holds the end of its log."""
 
 
-class Server:
-    """``python -m sglang.launch_server`` on a free port of 127.0.0.1.
-
-    Entering starts the server and waits until it answers; leaving ends it and every process it
-    started, found by process id. Its output goes to ``log_path``, kept after the end.
-
-        with Server(checkpoint, ["--max-total-tokens", "4096"]) as server:
-            answer = server.chat("what is this?", images=[picture], max_tokens=8)
+class Client:
+    """A running SGLang server, reached over HTTP.
 
     Args:
-        model: checkpoint folder, passed as ``--model-path``.
-        flags: further flags, as on a command line.
-        env: variables to set on top of this process's; a value of None removes one. HF_HUB_OFFLINE
-            is 1 unless set here.
-        argv: start this instead of ``python -m sglang.launch_server``; the model, host and port
-            flags are added to it.
-        log: file for stdout and stderr; a new temporary file by default.
-        timeout: seconds to wait until ready, and for each request.
+        url: of the server, without a path.
+        model: its name in OpenAI requests.
+        timeout: seconds for each request.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        flags: Sequence[str] = (),
-        *,
-        env: Mapping[str, str | None] | None = None,
-        argv: Sequence[str] | None = None,
-        log: str | Path | None = None,
-        timeout: float = 600.0,
-    ) -> None:
-        self.model = str(model)
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, url: str, *, model: str = "default", timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/")
+        self.model = model
         self.timeout = timeout
-        self.argv = [
-            *(argv if argv is not None else (sys.executable, "-m", "sglang.launch_server")),
-            *("--model-path", self.model, "--host", "127.0.0.1", "--port", str(self.port)),
-            *flags,
-        ]
-        self.env = os.environ | {"HF_HUB_OFFLINE": "1"}
-        for name, value in (env or {}).items():
-            if value is None:
-                self.env.pop(name, None)
-            else:
-                self.env[name] = value
-        if log is None:
-            handle, log = tempfile.mkstemp(prefix="aircache-server-", suffix=".log")
-            os.close(handle)
-        self.log_path = Path(log)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.ready_seconds: float | None = None
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.terminate()
-
-    def start(self) -> None:
-        """Start the process and wait until ``/health`` answers 200; else end it and raise."""
-        if self.process is not None:
-            raise RuntimeError(f"the server on port {self.port} was already started")
-        started = time.monotonic()
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                self.argv,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            self._wait_until_ready(started)
-        except BaseException:
-            self.terminate()
-            raise
-        self.ready_seconds = time.monotonic() - started
-
-    def _wait_until_ready(self, started: float) -> None:
-        assert self.process is not None
-        while True:
-            code = self.process.poll()
-            if code is not None:
-                raise ServerError(f"the server exited with code {code}\n{self.log_tail()}")
-            try:
-                # Ready after its own warm-up request, before which /health is not 200.
-                if self._session.get(self.url + "/health", timeout=10).status_code == 200:
-                    return
-            except requests.RequestException:
-                pass
-            if time.monotonic() - started > self.timeout:
-                raise ServerError(
-                    f"the server was not ready after {self.timeout:.0f} s\n{self.log_tail()}"
-                )
-            time.sleep(0.2)
-
-    def wait_exit(self, timeout: float | None = None) -> int:
-        """Wait until the server ends by itself and return its exit code."""
-        assert self.process is not None, "not started"
-        return self.process.wait(timeout)
-
-    def is_running(self) -> bool:
-        """Whether the launched process is alive."""
-        return self.process is not None and self.process.poll() is None
-
-    def pids(self) -> list[int]:
-        """Process ids of the server and its descendants, the server first."""
-        return [process.pid for process in self._tree()]
-
-    def _tree(self) -> list[psutil.Process]:
-        if self.process is None:
-            return []
-        try:
-            root = psutil.Process(self.process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return self._orphans()
-
-    def _orphans(self) -> list[psutil.Process]:
-        """Members of the server's own session that outlived the launched process."""
-        assert self.process is not None
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.process.pid:
-                    found.append(process)
-            except (ProcessLookupError, PermissionError):
-                continue
-        return found
-
-    def terminate(self, grace: float = 2.0) -> None:
-        """End the server and everything it started; SIGTERM, then SIGKILL after ``grace`` seconds.
-
-        Safe to call more than once, and after the server has ended.
-        """
-        if self.process is None:
-            return
-        tree = {process.pid: process for process in (*self._tree(), *self._orphans())}
-        trackers, others = [], []
-        for process in tree.values():
-            (trackers if _is_resource_tracker(process) else others).append(process)
-        for process in others:
-            _signal(process.terminate)
-        _, alive = psutil.wait_procs(others, timeout=grace)
-        for process in alive:
-            _signal(process.kill)
-        # Trackers unlink the dead processes' semaphores, then end by themselves.
-        _, alive = psutil.wait_procs([*alive, *trackers], timeout=10)
-        for process in {*alive, *self._orphans()}:
-            _signal(process.kill)
-        self.process.wait(10)
-        self._session.close()
-
-    def log(self) -> str:
-        """Everything the server has printed so far."""
-        return self.log_path.read_text(errors="replace")
-
-    def log_tail(self, lines: int = 40) -> str:
-        """The last lines of the log."""
-        return "\n".join(self.log().splitlines()[-lines:])
 
     def request(self, method: str, path: str, json: Any = None) -> requests.Response:
         """Send a request and return the response, whatever its status."""
@@ -326,6 +172,173 @@ class Server:
                 labels = dict(_LABEL.findall(match[2] or ""))
                 samples.append((match[1], labels, float(match[3])))
         return samples
+
+
+class Server(Client):
+    """``python -m sglang.launch_server`` on a free port of 127.0.0.1.
+
+    Entering starts the server and waits until it answers; leaving ends it and every process it
+    started, found by process id. Its output goes to ``log_path``, kept after the end.
+
+        with Server(checkpoint, ["--max-total-tokens", "4096"]) as server:
+            answer = server.chat("what is this?", images=[picture], max_tokens=8)
+
+    Args:
+        model: checkpoint folder, passed as ``--model-path``.
+        flags: further flags, as on a command line.
+        env: variables to set on top of this process's; a value of None removes one. HF_HUB_OFFLINE
+            is 1 unless set here.
+        argv: start this instead of ``python -m sglang.launch_server``; the model, host and port
+            flags are added to it.
+        log: file for stdout and stderr; a new temporary file by default.
+        timeout: seconds to wait until ready, and for each request.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        flags: Sequence[str] = (),
+        *,
+        env: Mapping[str, str | None] | None = None,
+        argv: Sequence[str] | None = None,
+        log: str | Path | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        self.port = _free_port()
+        super().__init__(f"http://127.0.0.1:{self.port}", model=str(model), timeout=timeout)
+        self.argv = [
+            *(argv if argv is not None else (sys.executable, "-m", "sglang.launch_server")),
+            *("--model-path", self.model, "--host", "127.0.0.1", "--port", str(self.port)),
+            *flags,
+        ]
+        self.env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        for name, value in (env or {}).items():
+            if value is None:
+                self.env.pop(name, None)
+            else:
+                self.env[name] = value
+        if log is None:
+            handle, log = tempfile.mkstemp(prefix="aircache-server-", suffix=".log")
+            os.close(handle)
+        self.log_path = Path(log)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready_seconds: float | None = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.terminate()
+
+    def start(self) -> None:
+        """Start the process and wait until ``/health`` answers 200; else end it and raise."""
+        if self.process is not None:
+            raise RuntimeError(f"the server on port {self.port} was already started")
+        started = time.monotonic()
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.argv,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(started)
+        except BaseException:
+            self.terminate()
+            raise
+        self.ready_seconds = time.monotonic() - started
+
+    def _wait_until_ready(self, started: float) -> None:
+        assert self.process is not None
+        while True:
+            code = self.process.poll()
+            if code is not None:
+                raise ServerError(f"the server exited with code {code}\n{self.log_tail()}")
+            try:
+                # Ready after its own warm-up request, before which /health is not 200.
+                if self._session.get(self.url + "/health", timeout=10).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            if time.monotonic() - started > self.timeout:
+                raise ServerError(
+                    f"the server was not ready after {self.timeout:.0f} s\n{self.log_tail()}"
+                )
+            time.sleep(0.2)
+
+    def wait_exit(self, timeout: float | None = None) -> int:
+        """Wait until the server ends by itself and return its exit code."""
+        assert self.process is not None, "not started"
+        return self.process.wait(timeout)
+
+    def is_running(self) -> bool:
+        """Whether the launched process is alive."""
+        return self.process is not None and self.process.poll() is None
+
+    def pids(self) -> list[int]:
+        """Process ids of the server and its descendants, the server first."""
+        return [process.pid for process in self._tree()]
+
+    def _tree(self) -> list[psutil.Process]:
+        if self.process is None:
+            return []
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return self._orphans()
+
+    def _orphans(self) -> list[psutil.Process]:
+        """Members of the server's own session that outlived the launched process."""
+        assert self.process is not None
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid:
+                    found.append(process)
+            except (ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def terminate(self, grace: float = 2.0) -> None:
+        """End the server and everything it started; SIGTERM, then SIGKILL after ``grace`` seconds.
+
+        Safe to call more than once, and after the server has ended.
+        """
+        if self.process is None:
+            return
+        tree = {process.pid: process for process in (*self._tree(), *self._orphans())}
+        trackers, others = [], []
+        for process in tree.values():
+            (trackers if _is_resource_tracker(process) else others).append(process)
+        for process in others:
+            _signal(process.terminate)
+        _, alive = psutil.wait_procs(others, timeout=grace)
+        for process in alive:
+            _signal(process.kill)
+        # Trackers unlink the dead processes' semaphores, then end by themselves.
+        _, alive = psutil.wait_procs([*alive, *trackers], timeout=10)
+        for process in {*alive, *self._orphans()}:
+            _signal(process.kill)
+        self.process.wait(10)
+        self._session.close()
+
+    def log(self) -> str:
+        """Everything the server has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log().splitlines()[-lines:])
 
 
 def png_data_url(image: Image.Image) -> str:
