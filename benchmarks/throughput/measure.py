@@ -25,13 +25,13 @@ from tests.support.prompts import words
 
 TOKEN_PIXELS = 28
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-# The chat template's tokens around the question count as instruction: the end of the picture, the
-# end of the turn, and the next turn's beginning.
-TEMPLATE_TOKENS = 6
+# Tokens of the instruction beside the question: the end of the picture and of the turn, and the
+# beginning of the next, whose "assistant" the small vocabulary spells out.
+TEMPLATE_TOKENS = 14
 
 
 def prompt(pictures: int) -> str:
-    """A prompt whose instruction has INSTRUCTION_TOKENS tokens where a word is one."""
+    """A prompt whose instruction has INSTRUCTION_TOKENS tokens in the small vocabulary."""
     question = words(INSTRUCTION_TOKENS - TEMPLATE_TOKENS)
     return f"<|im_start|>user\n{PICTURE * pictures}{question}<|im_end|>\n<|im_start|>assistant\n"
 

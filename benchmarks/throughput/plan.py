@@ -88,7 +88,7 @@ PRESETS = {
             "cpu-small",
             SMALL,
             (
-                *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "40960"),
+                *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "53248"),
                 *("--context-length", "16384", "--chunked-prefill-size", "4096"),
                 *("--max-running-requests", "16", "--sleep-on-idle", *COMMON),
             ),

@@ -119,7 +119,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
     bandwidth = speeds[-1]["bytes_per_second"] if speeds else None
     lines = list(lines_of(cells, bandwidth))
     yield "## Servers\n"
-    base = "stock's" if None in cells.values("retention") else "that of retention 1"
+    base = "stock's" if None in cells.values("retention") else "retention 1's"
     yield (
         f"Medians over rounds; x is the share of {base} value. *Pass* is the compression pass's "
         "part of the prefill. *Bound* is the time that reading weights and KV once would take"
