@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.records import Row, read
+from benchmarks.records import RESULTS, ROOT, Row, read
 from benchmarks.report import Cells, goal, header, median, milliseconds, setting, table
 
 PASS_SHARE, GAIN_SHARE, NEVER_SLOWER = 0.01, 0.9, 0.98
+DOCUMENT = ROOT / "docs" / "performance.md"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -236,11 +237,33 @@ def plot(path: Path, rows: list[Row]) -> None:
 
 
 def report(path: Path) -> None:
-    """Write the tables and the plot beside `path`, and print the tables."""
+    """Write the tables and the plot beside `path`, and print the tables.
+
+    Those of this repository's own results also go between their marks in docs/performance.md.
+    """
     from benchmarks.throughput.capacity import capacity_table
 
     rows = read(path)
-    text = "\n".join([header(path, rows), *tables(rows), *capacity_table(rows)])
+    body = "\n".join([*tables(rows), *capacity_table(rows)])
+    text = f"{header(path, rows)}\n{body}"
     path.with_suffix(".md").write_text(text)
     plot(path, rows)
+    if path.parent.resolve() == RESULTS and body:
+        fill_in(DOCUMENT, path, body)
     print(text)
+
+
+def fill_in(document: Path, path: Path, body: str) -> None:
+    """Replace what stands between the marks of a result file, if the document has them."""
+    begin, end = (f"<!-- {mark} {path.stem} -->\n" for mark in ("begin", "end"))
+    before, found, rest = document.read_text().partition(begin)
+    if not found:
+        return
+    after = rest[rest.index(end) :]
+    results = f"../benchmarks/results/{path.stem}"
+    links = f"[Rows]({results}.jsonl), [machine and command]({results}.md)."
+    if path.with_suffix(".png").exists():
+        links += f"\n\n![{path.stem}]({results}.png)"
+    # Its headings are a level below the document's.
+    lowered = f"\n{body}".replace("\n## ", "\n### ").lstrip()
+    document.write_text(f"{before}{begin}{lowered}\n{links}\n{after}")

@@ -16,7 +16,7 @@ from benchmarks.throughput.bound import kv_bytes, read_config, weight_bytes
 from benchmarks.throughput.capacity import Load, capacity_table, highest_rate
 from benchmarks.throughput.measure import check_compression
 from benchmarks.throughput.plan import PRESETS, Cell, does_not_fit, plan, pool_tokens
-from benchmarks.throughput.report import report, tables
+from benchmarks.throughput.report import fill_in, report, tables
 from tests.factories import make_qwen2_vl
 from tests.support import ServerError
 
@@ -224,3 +224,17 @@ def test_a_measured_cell_is_not_measured_again(tmp_path: Path) -> None:
     again.measure(cell.key(), lambda: pytest.fail("measured again"))
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == [cell.key()]
     report(path)
+
+
+def test_the_document_takes_the_tables_of_a_result_file(tmp_path: Path) -> None:
+    document, rows = tmp_path / "performance.md", tmp_path / "throughput-small.jsonl"
+    begin, end = (f"<!-- {mark} throughput-small -->\n" for mark in ("begin", "end"))
+    document.write_text(f"# Before\n{begin}old\n{end}after\n")
+    fill_in(document, rows, "## Servers\n\n| a |\n\n## Capacity\n\n| b |\n")
+    text = document.read_text()
+    assert text.startswith("# Before\n<!-- begin throughput-small -->\n### Servers\n")
+    assert "\n### Capacity\n" in text and "old" not in text
+    assert text.endswith("results/throughput-small.md).\n<!-- end throughput-small -->\nafter\n")
+    other = tmp_path / "other.jsonl"
+    fill_in(document, other, "## Servers\n")
+    assert document.read_text() == text
