@@ -86,7 +86,8 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
         machine disturbs less; only of a server of our own.
     kv_peak, kv_decode: the pool's count at its highest, and its median while all decode.
     outputs: of all requests, as a hash.
-    Raises ServerError if the request was not compressed as the cell says and the gate allows.
+    Raises ServerError if a request was not compressed as the cell says and the gate allows, and if
+    the requests did not decode together.
     """
     client.flush_cache()
     urls = batch_pictures(preset, cell)
@@ -119,17 +120,20 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
         cpu.append(cpu_seconds(scheduler))
     slowest = max(arrivals, key=lambda times: times[0][0])
     (start, first), (end, count) = slowest[0], slowest[-1]
+    until = min(times[-1][0] for times in arrivals)
     gaps = [
         (t1 - t0) / (n1 - n0)
         for times in arrivals
         for (t0, n0), (t1, n1) in itertools.pairwise(times)
-        if t0 >= start and n1 > n0
+        if t0 >= start and t1 <= until and n1 > n0
     ]
+    if not gaps:
+        raise ServerError(f"{preset.tokens} tokens are too few for a batch to decode together")
     metas = [chunk["meta_info"] for chunk in last]
     if checked:
         check_compression(cell, metas)
     report = metas[0].get("aircache")
-    in_use = [load["num_used_tokens"] for load in watch.loads(start, end)]
+    in_use = [load["num_used_tokens"] for load in watch.loads(start, until)]
     try:
         prefill = max(meta["prefill_finished_time"] for meta in metas) - min(
             meta["forward_entry_time"] for meta in metas

@@ -94,7 +94,7 @@ PRESETS = {
             ),
             batches=(1, 4, 8),
             visual=(1024, 4096, 8192),
-            tokens=49,
+            tokens=97,
             rounds=2,
             side_by_side=True,
             largest=32_768,

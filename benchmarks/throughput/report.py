@@ -70,8 +70,8 @@ class Line:
 
     @property
     def tokens_per_second(self) -> float:
-        """As in the paper's table 3: of all requests, over the decode alone."""
-        return self.batch * self.rows[0]["tokens"] / self.of("decode_seconds")
+        """Of all requests while all decode."""
+        return self.batch / self.of("token_seconds")
 
 
 def refusal(cells: Cells, batch: int, visual_tokens: int) -> str | None:

@@ -29,7 +29,7 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
         batches=(1, 2),
         visual=(64,),
         picture_tokens=64,
-        tokens=8,
+        tokens=32,
         rounds=1,
     )
     monkeypatch.setitem(plan.PRESETS, "cpu-small", small)
@@ -50,9 +50,7 @@ def test_sweep(tmp_path: Path) -> None:
         assert row["prompt_tokens"] <= plan.prompt_tokens(plan.PRESETS["cpu-small"], 64)
         assert min(row[name] for name in ("prefill_seconds", "decode_seconds")) > 0
         assert row["token_cpu_seconds"] > 0
-    # 8 tokens pay at retention 0.1 alone: the gate is on.
-    assert [rows[1, r]["columns"] for r in (0.5, 0.1)] == [None, 6]
-    assert rows[1, 0.5]["reason"] == "no_gain"
+    assert [rows[1, r]["columns"] for r in (None, 1.0, 0.5, 0.1)] == [None, None, 32, 6]
     table = path.with_suffix(".md").read_text()
     assert "| 2 x 64 | 0.1 |" in table and "refused" not in table
 
