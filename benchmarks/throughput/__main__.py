@@ -74,8 +74,6 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     from benchmarks.throughput.run import sweep
     from tests.support import ServerError
 
-    # Leave through the servers' context managers, which end them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments.fresh:
         path.unlink(missing_ok=True)
     preset = PRESETS[arguments.preset]
@@ -83,6 +81,8 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
     given = {"aircache": arguments.url, "none": arguments.stock_url}
     urls = {policy: url for policy, url in given.items() if url}
+    # Leave through the servers' context managers, which end them.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         preset.check()
         if arguments.capacity:
@@ -99,6 +99,8 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("The benchmark was interrupted. What it has measured is kept.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -134,16 +134,11 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
         check_compression(cell, metas)
     report = metas[0].get("aircache")
     in_use = [load["num_used_tokens"] for load in watch.loads(start, until)]
-    try:
-        prefill = max(meta["prefill_finished_time"] for meta in metas) - min(
-            meta["forward_entry_time"] for meta in metas
-        )
-    except KeyError as error:
-        raise ServerError(f"the server needs --enable-metrics: no {error} in its answer") from None
+    prefilled = max(meta["prefill_finished_time"] for meta in metas)
     return {
         "prompt_tokens": metas[0]["prompt_tokens"],
         "tokens": preset.tokens,
-        "prefill_seconds": prefill,
+        "prefill_seconds": prefilled - min(meta["forward_entry_time"] for meta in metas),
         "pass_seconds": pass_seconds(client) - spent,
         "decode_seconds": (end - start) * (preset.tokens - 1) / (count - first),
         "token_seconds": statistics.median(gaps),

@@ -71,6 +71,8 @@ class Remote(Servers):
             client.get("/v1/models")
         except (requests.RequestException, ValueError, ServerError):
             raise ServerError(f"no SGLang server answers at {client.url}") from None
+        if client.request("GET", "/metrics").status_code != 200:
+            raise ServerError(f"the server at {client.url} needs --enable-metrics")
         return client
 
 

@@ -68,7 +68,7 @@ def test_a_server_without_metrics(
 ) -> None:
     urls = ("--url", aircache_server.url, "--stock-url", stock_server.url)
     assert main([*urls, "--file", str(tmp_path / "rows.jsonl")]) == 1
-    assert "the server needs --enable-metrics" in capfd.readouterr().err
+    assert f"the server at {stock_server.url} needs --enable-metrics." in capfd.readouterr().err
 
 
 def test_capacity_trial(aircache_server: Server) -> None:
