@@ -108,7 +108,9 @@ def trial(
                 command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
             )
         if done.returncode or not out.exists():
-            raise ServerError(f"sglang.benchmark.serving failed: {done.stderr.strip()[-300:]}")
+            said = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+            log = "\n".join(said[-20:])
+            raise ServerError(f"sglang.benchmark.serving ended with {done.returncode}\n{log}")
         found: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
     if found["completed"] != load.prompts:
         raise ServerError(f"{found['completed']} of {load.prompts} requests were answered")
