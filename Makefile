@@ -9,7 +9,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
 PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 
-.PHONY: help which-python dev test test-unit test-gpu check format demo bench clean
+.PHONY: help which-python dev test test-unit test-gpu check format demo bench bench-parts clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -40,7 +40,10 @@ format: ## let ruff rewrite the sources
 demo: ## a small model, with and without compression, on this machine's CPU
 	@$(PYTHON); $(OFFLINE) "$$python" -m examples.demo $(ARGS)
 
-bench: ## the benchmarks; ARGS=--help lists them
+bench: ## real servers by batch and prompt length; ARGS=--capacity, ARGS="--preset table3", ARGS=--help
+	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.throughput $(ARGS)
+
+bench-parts: ## attention, the compression pass and the overhead of a step, without a server
 	@$(PYTHON); "$$python" -m benchmarks $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays

@@ -32,10 +32,12 @@ POLICIES = (
 BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid")
 ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
+GATE_MODES = ("auto", "off")
 SELECTION_MODES = ("per-head", "shared")
 # The retentions among which `min_visual_mass` chooses.
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
+REASON_KEY = "aircache_reason"
 _SERVER_ONLY = ("pin_text",)
 # The knobs that some policies do not have; a request that turns one of them in vain is refused.
 _KNOBS = {
@@ -159,6 +161,8 @@ class AirCacheConfig:
     min_visual_tokens: a request with fewer visual tokens is left alone.
     reuse: what later requests may share: `exact` KV alone, or also the `compressed` replica that a
         turn leaves for the next one.
+    gate: `auto` leaves a request alone whose answer is too short to save what the pass costs
+        (runtime/gate.py); `off` compresses it all the same.
     pin_text: share of the KV pool above which cached text yields before visual KV (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
@@ -173,6 +177,7 @@ class AirCacheConfig:
     elite: str = "per-head"
     min_visual_tokens: int = 64
     reuse: str = "exact"
+    gate: str = "auto"
     pin_text: float = 0.5
     ablation: Ablation = Ablation()
     return_selection: bool = False
@@ -198,6 +203,7 @@ class AirCacheConfig:
             elite=_check_choice(name("elite"), self.elite, ELITE_MODES),
             min_visual_tokens=_check_count(name("min_visual_tokens"), self.min_visual_tokens),
             reuse=_check_choice(name("reuse"), self.reuse, REUSE_MODES),
+            gate=_check_choice(name("gate"), self.gate, GATE_MODES),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
@@ -221,6 +227,7 @@ class AirCacheConfig:
             elite=args.aircache_elite,
             min_visual_tokens=args.aircache_min_visual_tokens,
             reuse=args.aircache_reuse,
+            gate=args.aircache_gate,
             pin_text=args.aircache_pin_text,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         ).validated("--aircache-")

@@ -5,26 +5,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.records import RESULTS, Results
 
-PARTS = ("attention", "pass", "overhead", "serving")
+PARTS = ("attention", "pass", "overhead")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Stock SGLang against AirCache on a CPU. A run that was cut off goes on.",
+        description="Parts of AirCache against stock SGLang's on a CPU, without a server (that is "
+        "`python -m benchmarks.throughput`). A run that was cut off goes on.",
         allow_abbrev=False,
     )
     top.add_argument("action", nargs="?", choices=("run", "report"), default="run")
     top.add_argument("--quick", action="store_true", help="few cells, a few minutes")
     top.add_argument("--only", choices=PARTS, action="append", help="this part; may be repeated")
-    top.add_argument("--rounds", type=int, help="times each server is started (default 2)")
     top.add_argument(
         "--file",
         type=Path,
@@ -36,8 +35,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.rounds is not None and arguments.rounds < 1:
-        parser().error(f"--rounds must be at least 1, got {arguments.rounds}")
     path = arguments.file or RESULTS / ("quick.jsonl" if arguments.quick else "cpu.jsonl")
     if arguments.action == "run":
         run(path, arguments)
@@ -51,12 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(path: Path, arguments: argparse.Namespace) -> None:
-    # Read when torch is imported, here and in the servers. One thread: two cores also have to run
-    # the tokenizer and the client, and threads that wait for one another multiply any disturbance.
+    # Read when torch is imported. One thread: threads that wait for one another multiply any
+    # disturbance.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Leave through the servers' context managers, which end them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments.fresh:
         path.unlink(missing_ok=True)
     quick = arguments.quick
@@ -71,16 +66,13 @@ def run(path: Path, arguments: argparse.Namespace) -> None:
     if "pass" in parts:
         from benchmarks.compression_pass import passes
 
-        passes(results, visual, [0.1] if quick else [0.5, 0.1], budget=0.3 if quick else 1.0)
+        instructions = [64] if quick else [24, 64, 128, 256, 512]
+        retentions = [0.1] if quick else [0.5, 0.1]
+        passes(results, visual, instructions, retentions, budget=0.3 if quick else 1.0)
     if "overhead" in parts:
         from benchmarks.decode_attention import overhead
 
         overhead(results, [6, 28], budget=0.5)
-    if "serving" in parts:
-        from benchmarks.compare_cpu import serve
-
-        retentions = [1.0, 0.1] if quick else [1.0, 0.5, 0.1]
-        serve(results, batches, visual, retentions, arguments.rounds or (1 if quick else 2))
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
-from benchmarks.decode_attention import N_HEAD, N_TAIL, SHAPES, Shape, seconds
+from benchmarks.decode_attention import N_HEAD, SHAPES, Shape, seconds
 from benchmarks.records import Results, Row
 
 
-def one_pass(shape: Shape, n_visual: int, retention: float, budget: float) -> Row:
-    """Score, split, select and pack, of a request whose instruction has N_TAIL tokens."""
+def one_pass(shape: Shape, n_visual: int, n_text: int, retention: float, budget: float) -> Row:
+    """Score, split, select and pack, of a request whose instruction has `n_text` tokens."""
     generator = torch.Generator().manual_seed(0)
     m, end = columns(retention, n_visual), N_HEAD + n_visual
-    length = end + N_TAIL
+    length = end + n_text
     kv = torch.randn(
         (2, shape.layers, 1 + length + m, shape.kv_heads, shape.head_dim), generator=generator
     )
-    q = torch.randn((shape.layers, N_TAIL, shape.heads, shape.head_dim), generator=generator)
+    q = torch.randn((shape.layers, n_text, shape.heads, shape.head_dim), generator=generator)
     slots = torch.arange(1, 1 + length + m)
     req_to_token = slots[None, :length].to(torch.int32)
     group: Any = SimpleNamespace(world_size=1)
@@ -51,14 +51,25 @@ def one_pass(shape: Shape, n_visual: int, retention: float, budget: float) -> Ro
     return {"seconds": median, "calls": calls}
 
 
-def passes(results: Results, visual: list[int], retentions: list[float], budget: float) -> None:
-    """The pass over the attention of compare_cpu's model."""
+def passes(
+    results: Results,
+    visual: list[int],
+    instructions: list[int],
+    retentions: list[float],
+    budget: float,
+) -> None:
+    """The pass over the attention of the throughput benchmark's small model."""
     for n_visual in visual:
-        for retention in retentions:
-            key = {
-                "benchmark": "compression pass",
-                "shape": SHAPES[0].name,
-                "visual_tokens": n_visual,
-                "retention": retention,
-            }
-            results.measure(key, lambda n=n_visual, r=retention: one_pass(SHAPES[0], n, r, budget))
+        for n_text in instructions:
+            for retention in retentions:
+                key = {
+                    "benchmark": "compression pass",
+                    "shape": SHAPES[0].name,
+                    "visual_tokens": n_visual,
+                    "instruction_tokens": n_text,
+                    "retention": retention,
+                }
+                results.measure(
+                    key,
+                    lambda n=n_visual, t=n_text, r=retention: one_pass(SHAPES[0], n, t, r, budget),
+                )

@@ -41,7 +41,8 @@ class Shape:
     head_dim: int
 
 
-# The first is compare_cpu's model; the second has the attention of Qwen2-VL-7B, in two layers.
+# The first is the small model of the throughput benchmark; the second has the attention of
+# Qwen2-VL-7B, in two layers.
 SHAPES = (Shape("small", 6, 2, 2, 64), Shape("7b", 2, 28, 4, 128))
 
 

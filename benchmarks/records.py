@@ -36,6 +36,12 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def module() -> str:
+    """The module that `python -m` runs."""
+    spec = sys.modules["__main__"].__spec__
+    return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
+
+
 def provenance() -> Row:
     """What every row carries beside its measurement."""
     return {
@@ -45,7 +51,7 @@ def provenance() -> Row:
         "device": cpu_name(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "git": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module(), *sys.argv[1:]]),
     }
 
 

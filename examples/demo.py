@@ -202,7 +202,10 @@ def run(picture: Path, say: Progress) -> bool:
             images=[page.image()],
             max_tokens=2,
             return_meta_info=True,
-            custom_params={"aircache": {"retention": RETENTIONS[-1], "return_selection": True}},
+            custom_params={
+                # Two tokens would not pay for the compression.
+                "aircache": {"retention": RETENTIONS[-1], "return_selection": True, "gate": "off"}
+            },
         )
         say("stopping it")
 

@@ -24,6 +24,7 @@ from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
+from aircache_sglang.runtime.gate import pays_off
 from aircache_sglang.runtime.heads import TensorParallelHeads
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
@@ -70,7 +71,8 @@ class Compressor:
     """Owns the records, the table and the policy of one model runner.
 
     Attributes that it sets on SGLang's requests: `aircache_intent` (the decision), `aircache_stash`
-    (what is collected while the prefill runs), `aircache_info` (the report), `aircache_bare_spans`.
+    (what is collected while the prefill runs), `aircache_info` (the report), `aircache_reason`
+    (why it was left alone), `aircache_bare_spans`.
     """
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
@@ -136,7 +138,7 @@ class Compressor:
         if known is None or known[0] != len(req.origin_input_ids):
             decision = self._decide(req)
             if isinstance(decision, str):
-                self.metrics.left_alone(decision)
+                self._left_alone(req, decision)
                 decision = None
             known = req.aircache_intent = (len(req.origin_input_ids), decision)
         intent: Intent | None = known[1]
@@ -187,6 +189,19 @@ class Compressor:
         peak = prompt.length + min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS) + intent.n_extra
         if peak + 2 * self.pool.page_size >= self.pool.size:
             return "pool_too_small"
+        lo, hi = prompt.instruction
+        # A replica serves later turns too, whose answers nobody knows.
+        if (
+            config.gate == "auto"
+            and not intent.reuses
+            and not pays_off(
+                prompt.n_visual,
+                m,
+                min(hi - lo, config.scoring_window()[0]),
+                params.max_new_tokens,
+            )
+        ):
+            return "no_gain"
         return intent
 
     def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
@@ -207,8 +222,12 @@ class Compressor:
 
     def decline(self, req: Any, reason: str) -> None:
         """Serve this life of a request uncompressed after all."""
-        self.metrics.left_alone(reason)
+        self._left_alone(req, reason)
         req.aircache_intent = (len(req.origin_input_ids), None)
+
+    def _left_alone(self, req: Any, reason: str) -> None:
+        self.metrics.left_alone(reason)
+        req.aircache_reason = reason
 
     def slots_to_reserve(self, req: Any, extend_input_len: int | None) -> int:
         """Slots that admission must hold back for the columns if this extend ends the prefill."""

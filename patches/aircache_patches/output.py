@@ -7,23 +7,28 @@ from typing import Any, ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from aircache_sglang.config import REQUEST_KEY
+from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 
 class AirCacheOutputStreamer(SchedulerOutputStreamer):
-    """Sends a compressed request's report along, by the extension point SGLang made for it."""
+    """Sends along how a request was compressed, or why not, by the extension point SGLang made."""
 
     __slots__ = ()
 
     has_additional_customized_info: ClassVar[bool] = True
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-        """One list a request: its report if it has not been sent yet, else nothing."""
-        values: list[list[Any]] = []
-        for req in reqs:
-            info = getattr(req, "aircache_info", None)
-            fresh = info is not None and info is not getattr(req, "aircache_sent", None)
-            if fresh:
-                req.aircache_sent = info
-            values.append([info] if fresh else [])
-        return {REQUEST_KEY: values}
+        """For each key one list a request: its value if it has not been sent yet, else nothing."""
+        return {
+            REQUEST_KEY: [unsent(req, "aircache_info") for req in reqs],
+            REASON_KEY: [unsent(req, "aircache_reason") for req in reqs],
+        }
+
+
+def unsent(req: Any, name: str) -> list[Any]:
+    """[value] of a request's attribute, once for each value."""
+    value, sent = getattr(req, name, None), f"{name}_sent"
+    if value is None or value is getattr(req, sent, None):
+        return []
+    setattr(req, sent, value)
+    return [value]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aircache_patches.install import policy_in_force
-from aircache_sglang.config import REQUEST_KEY
+from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 
 def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
@@ -27,11 +27,13 @@ def update_request_meta_info(
     index: int,
     finish_reason: Any,
 ) -> None:
-    """AROUND TokenizerManager.update_request_meta_info: the report is one object, not a list that
-    grows by the token, and it is repeated in every chunk of a stream."""
-    rest = {key: value for key, value in customized_info.items() if key != REQUEST_KEY}
+    """AROUND TokenizerManager.update_request_meta_info: report and reason are one value each, not
+    lists that grow by the token, and they are repeated in every chunk of a stream."""
+    keys = (REQUEST_KEY, REASON_KEY)
+    rest = {key: value for key, value in customized_info.items() if key not in keys}
     original(manager, meta_info, state, rest, index, finish_reason)
-    fresh = customized_info.get(REQUEST_KEY, [[]] * (index + 1))[index]
-    if fresh:
-        state.aircache_info = fresh[-1]
-    meta_info[REQUEST_KEY] = getattr(state, "aircache_info", None)
+    for key in keys:
+        fresh = customized_info.get(key, [[]] * (index + 1))[index]
+        if fresh:
+            setattr(state, key, fresh[-1])
+        meta_info[key] = getattr(state, key, None)

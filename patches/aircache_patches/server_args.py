@@ -8,7 +8,13 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
 
 from aircache_patches import install
-from aircache_sglang.config import BUDGET_MODES, ELITE_MODES, REUSE_MODES, AirCacheConfig
+from aircache_sglang.config import (
+    BUDGET_MODES,
+    ELITE_MODES,
+    GATE_MODES,
+    REUSE_MODES,
+    AirCacheConfig,
+)
 from aircache_sglang.policy import policy_names
 
 TARGET = "sglang.srt.server_args.ServerArgs"
@@ -74,6 +80,15 @@ class AirCacheServerArgs(ServerArgs):
         ),
         NS("memory"),
     ] = _DEFAULT.reuse
+    aircache_gate: A[
+        str,
+        Arg(
+            help="Whether a request is left alone whose answer is too short to save what its "
+            "compression costs: 'auto', or 'off' to compress it all the same.",
+            choices=list(GATE_MODES),
+        ),
+        NS("memory"),
+    ] = _DEFAULT.gate
     aircache_pin_text: A[
         float,
         "Share of the KV pool above which cached text yields before visual KV, 0 <= SHARE <= 1.",

@@ -67,6 +67,7 @@ def make_qwen2_vl(
     attention_gain: float = 3.0,
     dtype: str = "float32",
     seed: int = 0,
+    write_weights: bool = True,
 ) -> Path:
     """Write a checkpoint folder that SGLang and Transformers load, and return it.
 
@@ -88,6 +89,7 @@ def make_qwen2_vl(
         attention_gain: standard deviation of the attention logits, on average over layers.
         dtype: "float32", "bfloat16" or "float16": of the stored weights, and in the config.
         seed: of the weights.
+        write_weights: False leaves them out, for ``--load-format dummy``.
 
     Raises:
         ValueError: a size that Qwen2-VL cannot have, an unknown dtype, or an empty word list.
@@ -218,13 +220,14 @@ def make_qwen2_vl(
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     tokenizer.save(str(folder / "tokenizer.json"))
-    weights = _weights(config, word_ids, attention_gain, seed)
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    save_file(
-        {name: weight.to(torch_dtype) for name, weight in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    if write_weights:
+        weights = _weights(config, word_ids, attention_gain, seed)
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        save_file(
+            {name: weight.to(torch_dtype) for name, weight in weights.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     return folder
 
 

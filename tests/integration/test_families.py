@@ -105,7 +105,9 @@ def served(
     flags = [*COMMON_FLAGS, *CHUNKS, "--dtype", family.dtype, "--kv-policy"]
     stock = Server(checkpoint, [*flags, "none"], env=env)
     server = Server(
-        checkpoint, [*flags, "aircache", "--enable-metrics"], env=env | STRICT_MEMORY_CHECKS
+        checkpoint,
+        [*flags, "aircache", "--aircache-gate", "off", "--enable-metrics"],
+        env=env | STRICT_MEMORY_CHECKS,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(server.terminate)
@@ -167,7 +169,8 @@ def test_no_slot_is_lost(served: Served) -> None:
 def replicas(checkpoint: Path) -> Iterator[Server]:
     """Two data-parallel Qwen2-VL of a short context, to which prompts are cut."""
     flags = [
-        *(*COMMON_FLAGS, "--kv-policy", "aircache", "--enable-metrics", "--dp-size", "2"),
+        *(*COMMON_FLAGS, "--kv-policy", "aircache", "--aircache-gate", "off"),
+        *("--enable-metrics", "--dp-size", "2"),
         *("--context-length", "400", "--allow-auto-truncate"),
     ]
     with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
@@ -209,7 +212,8 @@ def test_two_tensor_parallel_ranks_of_qwen3_vl(tmp_path: Path) -> None:
     family = FAMILIES["qwen3-vl"]
     checkpoint = family.make(tmp_path / "model")
     prompts = conversations(dataclasses.replace(family, video=None), tmp_path)
-    flags = [*COMMON_FLAGS, *CHUNKS, "--kv-policy", "aircache", "--tp-size", "2"]
+    flags = [*COMMON_FLAGS, *CHUNKS, "--kv-policy", "aircache", "--aircache-gate", "off"]
+    flags += ["--tp-size", "2"]
     assert family.reader is not None
     reader = family.reader(checkpoint)
     with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:

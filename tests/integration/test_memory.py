@@ -40,7 +40,8 @@ pytestmark = pytest.mark.server
 POOL = 900
 LONGEST = 100
 FLAGS = [
-    *("--device", "cpu", "--dtype", "float32", "--kv-policy", "aircache", "--enable-metrics"),
+    *("--device", "cpu", "--dtype", "float32", "--kv-policy", "aircache", "--aircache-gate", "off"),
+    "--enable-metrics",
     *("--max-total-tokens", str(POOL), "--context-length", "1024", "--chunked-prefill-size", "128"),
     *("--max-running-requests", "12", "--load-snapshot-publish-interval", "1"),
     *("--schedule-conservativeness", "0.05"),

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import requests
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.platform import has_accelerator
@@ -187,18 +185,6 @@ def test_two_tokens(server: Server, oracle: Oracle) -> None:
     assert_agrees(oracle, PICTURE, answer)
 
 
-def stream(server: Server, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    session = requests.Session()
-    session.trust_env = False
-    with session.post(
-        server.url + path, json={**body, "stream": True}, stream=True, timeout=60
-    ) as response:
-        assert response.status_code == 200, response.text
-        for line in response.iter_lines():
-            if line and line != b"data: [DONE]":
-                yield json.loads(line.removeprefix(b"data: "))
-
-
 def test_streaming(server: Server) -> None:
     expected = ask(server, PICTURE, SELECTION, max_new_tokens=12)
     sampling = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -207,14 +193,14 @@ def test_streaming(server: Server) -> None:
         "image_data": [png_data_url(image) for image in PICTURE.images],
         "sampling_params": {**sampling, "custom_params": {"aircache": SELECTION}},
     }
-    chunks = list(stream(server, "/generate", body))
+    chunks = list(server.stream("/generate", body))
     assert len(chunks) > 1
     for chunk in chunks:
         assert chunk["meta_info"]["aircache"] == expected["meta_info"]["aircache"]
     assert chunks[-1]["text"] == expected["text"]
 
     text = {"text": TEXT.text, "sampling_params": sampling}
-    assert {chunk["meta_info"]["aircache"] for chunk in stream(server, "/generate", text)} == {None}
+    assert {chunk["meta_info"]["aircache"] for chunk in server.stream("/generate", text)} == {None}
 
 
 def test_parallel_samples(server: Server, oracle: Oracle) -> None:

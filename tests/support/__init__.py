@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from tests.support.server import Server, ServerError, png_data_url
+from tests.support.server import Client, Server, ServerError, png_data_url
 
-__all__ = ["Server", "ServerError", "png_data_url"]
+__all__ = ["Client", "Server", "ServerError", "png_data_url"]

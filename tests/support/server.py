@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real SGLang server as a context manager, started as a user starts it."""
+"""A real SGLang server as a context manager, started as a user starts it; a client of any."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,151 @@ class ServerError(RuntimeError):
     """The server ended or did not become ready; the message holds the end of its log."""
 
 
-class Server:
+class Client:
+    """A running SGLang server, reached over HTTP.
+
+    Args:
+        url: of the server, without a path.
+        model: its name in OpenAI requests.
+        timeout: seconds for each request.
+    """
+
+    def __init__(self, url: str, *, model: str = "default", timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/")
+        self.model = model
+        self.timeout = timeout
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
+
+    def request(self, method: str, path: str, json: Any = None) -> requests.Response:
+        """Send a request and return the response, whatever its status."""
+        return self._session.request(method, self.url + path, json=json, timeout=self.timeout)
+
+    def post(self, path: str, json: Any) -> Any:
+        """POST and return the decoded JSON answer; ServerError with the body unless 200."""
+        return self._checked(self.request("POST", path, json))
+
+    def get(self, path: str) -> Any:
+        """GET and return the decoded JSON answer; ServerError with the body unless 200."""
+        return self._checked(self.request("GET", path))
+
+    def _checked(self, response: requests.Response) -> Any:
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+        return response.json()
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST with ``"stream": true``; the chunks as they arrive, on a connection of its own.
+
+        Raises ServerError unless the status is 200, and for a chunk that reports an error.
+        """
+        with requests.Session() as session:
+            session.trust_env = False
+            with session.post(
+                self.url + path, json={**body, "stream": True}, stream=True, timeout=self.timeout
+            ) as response:
+                if response.status_code != 200:
+                    raise ServerError(f"HTTP {response.status_code}: {response.text}")
+                for line in response.iter_lines():
+                    if not line.startswith(b"data: ") or line == b"data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix(b"data: "))
+                    if "error" in chunk:
+                        raise ServerError(str(chunk["error"]))
+                    yield chunk
+
+    def generate(
+        self,
+        text: str | None = None,
+        *,
+        images: Sequence[Image.Image | str] = (),
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        sampling: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """POST /generate. ``images`` are PIL pictures, paths, or URLs (``data:`` included).
+
+        ``sampling`` is merged into ``sampling_params``; ``fields`` into the body (``input_ids``,
+        ``return_logprob``, ``rid``, ...). Returns SGLang's answer: ``text``, ``output_ids``,
+        ``meta_info``.
+        """
+        body: dict[str, Any] = {
+            "sampling_params": {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                **(sampling or {}),
+            },
+            **fields,
+        }
+        if text is not None:
+            body["text"] = text
+        if images:
+            body["image_data"] = [_url(image) for image in images]
+        return self.post("/generate", body)
+
+    def chat(
+        self,
+        text: str,
+        *,
+        images: Iterable[Image.Image | str] = (),
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """POST /v1/chat/completions with one user turn: the pictures, then the text.
+
+        ``messages`` (earlier turns, a system prompt) come before it; ``fields`` go into the body
+        (``logprobs``, ``custom_params``, ``return_meta_info``, ...). Returns the OpenAI answer.
+        """
+        content = [
+            *({"type": "image_url", "image_url": {"url": _url(image)}} for image in images),
+            {"type": "text", "text": text},
+        ]
+        return self.post(
+            "/v1/chat/completions",
+            {
+                "model": self.model,
+                "messages": [*(messages or ()), {"role": "user", "content": content}],
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                **fields,
+            },
+        )
+
+    def info(self) -> dict[str, Any]:
+        """GET /server_info: the resolved arguments and ``internal_states``."""
+        return dict(self.get("/server_info"))
+
+    def flush_cache(self) -> None:
+        """POST /flush_cache: empty the radix tree; ServerError while requests run."""
+        response = self.request("POST", "/flush_cache")
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+
+    def metrics(self) -> dict[str, float]:
+        """GET /metrics (needs --enable-metrics): each sample's value, summed over its labels."""
+        totals: dict[str, float] = {}
+        for name, _, value in self.metric_samples():
+            totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def metric_samples(self) -> list[tuple[str, dict[str, str], float]]:
+        """GET /metrics: (name, labels, value) of each sample."""
+        response = self.request("GET", "/metrics")
+        if response.status_code != 200:
+            raise ServerError(f"HTTP {response.status_code}: {response.text}")
+        samples = []
+        for line in response.text.splitlines():
+            match = _SAMPLE.match(line)
+            if match:
+                labels = dict(_LABEL.findall(match[2] or ""))
+                samples.append((match[1], labels, float(match[3])))
+        return samples
+
+
+class Server(Client):
     """``python -m sglang.launch_server`` on a free port of 127.0.0.1.
 
     Entering starts the server and waits until it answers; leaving ends it and every process it
@@ -59,10 +204,8 @@ class Server:
         log: str | Path | None = None,
         timeout: float = 600.0,
     ) -> None:
-        self.model = str(model)
         self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.timeout = timeout
+        super().__init__(f"http://127.0.0.1:{self.port}", model=str(model), timeout=timeout)
         self.argv = [
             *(argv if argv is not None else (sys.executable, "-m", "sglang.launch_server")),
             *("--model-path", self.model, "--host", "127.0.0.1", "--port", str(self.port)),
@@ -80,8 +223,6 @@ class Server:
         self.log_path = Path(log)
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_seconds: float | None = None
-        self._session = requests.Session()
-        self._session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
 
     def __enter__(self) -> Server:
         self.start()
@@ -198,113 +339,6 @@ class Server:
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of the log."""
         return "\n".join(self.log().splitlines()[-lines:])
-
-    def request(self, method: str, path: str, json: Any = None) -> requests.Response:
-        """Send a request and return the response, whatever its status."""
-        return self._session.request(method, self.url + path, json=json, timeout=self.timeout)
-
-    def post(self, path: str, json: Any) -> Any:
-        """POST and return the decoded JSON answer; ServerError with the body unless 200."""
-        return self._checked(self.request("POST", path, json))
-
-    def get(self, path: str) -> Any:
-        """GET and return the decoded JSON answer; ServerError with the body unless 200."""
-        return self._checked(self.request("GET", path))
-
-    def _checked(self, response: requests.Response) -> Any:
-        if response.status_code != 200:
-            raise ServerError(f"HTTP {response.status_code}: {response.text}")
-        return response.json()
-
-    def generate(
-        self,
-        text: str | None = None,
-        *,
-        images: Sequence[Image.Image | str] = (),
-        max_new_tokens: int = 16,
-        temperature: float = 0.0,
-        sampling: Mapping[str, Any] | None = None,
-        **fields: Any,
-    ) -> Any:
-        """POST /generate. ``images`` are PIL pictures, paths, or URLs (``data:`` included).
-
-        ``sampling`` is merged into ``sampling_params``; ``fields`` into the body (``input_ids``,
-        ``return_logprob``, ``rid``, ...). Returns SGLang's answer: ``text``, ``output_ids``,
-        ``meta_info``.
-        """
-        body: dict[str, Any] = {
-            "sampling_params": {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                **(sampling or {}),
-            },
-            **fields,
-        }
-        if text is not None:
-            body["text"] = text
-        if images:
-            body["image_data"] = [_url(image) for image in images]
-        return self.post("/generate", body)
-
-    def chat(
-        self,
-        text: str,
-        *,
-        images: Iterable[Image.Image | str] = (),
-        max_tokens: int = 16,
-        temperature: float = 0.0,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        **fields: Any,
-    ) -> Any:
-        """POST /v1/chat/completions with one user turn: the pictures, then the text.
-
-        ``messages`` (earlier turns, a system prompt) come before it; ``fields`` go into the body
-        (``logprobs``, ``custom_params``, ``return_meta_info``, ...). Returns the OpenAI answer.
-        """
-        content = [
-            *({"type": "image_url", "image_url": {"url": _url(image)}} for image in images),
-            {"type": "text", "text": text},
-        ]
-        return self.post(
-            "/v1/chat/completions",
-            {
-                "model": self.model,
-                "messages": [*(messages or ()), {"role": "user", "content": content}],
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                **fields,
-            },
-        )
-
-    def info(self) -> dict[str, Any]:
-        """GET /server_info: the resolved arguments and ``internal_states``."""
-        return dict(self.get("/server_info"))
-
-    def flush_cache(self) -> None:
-        """POST /flush_cache: empty the radix tree; ServerError while requests run."""
-        response = self.request("POST", "/flush_cache")
-        if response.status_code != 200:
-            raise ServerError(f"HTTP {response.status_code}: {response.text}")
-
-    def metrics(self) -> dict[str, float]:
-        """GET /metrics (needs --enable-metrics): each sample's value, summed over its labels."""
-        totals: dict[str, float] = {}
-        for name, _, value in self.metric_samples():
-            totals[name] = totals.get(name, 0.0) + value
-        return totals
-
-    def metric_samples(self) -> list[tuple[str, dict[str, str], float]]:
-        """GET /metrics: (name, labels, value) of each sample."""
-        response = self.request("GET", "/metrics")
-        if response.status_code != 200:
-            raise ServerError(f"HTTP {response.status_code}: {response.text}")
-        samples = []
-        for line in response.text.splitlines():
-            match = _SAMPLE.match(line)
-            if match:
-                labels = dict(_LABEL.findall(match[2] or ""))
-                samples.append((match[1], labels, float(match[3])))
-        return samples
 
 
 def png_data_url(image: Image.Image) -> str:

@@ -137,7 +137,7 @@ class World:
         )
         self.rows = ReqToTokenPool(rows, 256, "cpu", enable_memory_saver=False)
         compressor = Compressor.__new__(Compressor)
-        compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3)
+        compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3, gate="off")
         compressor.pool = self.pool
         compressor.req_to_token = self.rows.req_to_token
         compressor.records, compressor.surplus = {}, {}

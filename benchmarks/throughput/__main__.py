@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.throughput`: prefill, decode and capacity by batch and prompt length."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.records import RESULTS, Results
+
+
+def parser() -> argparse.ArgumentParser:
+    from benchmarks.throughput.plan import PRESETS
+
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description="Stock SGLang against AirCache by batch size and prompt length. A run that was "
+        "cut off goes on; `report` writes table and plot again.",
+        allow_abbrev=False,
+    )
+    top.add_argument("action", nargs="?", choices=("run", "report"), default="run")
+    top.add_argument("--preset", choices=tuple(PRESETS), default="cpu-small")
+    top.add_argument(
+        "--capacity",
+        action="store_true",
+        help="instead of the sweep: requests held, and the highest rate, at a fixed pool",
+    )
+    top.add_argument("--url", help="a running server with --kv-policy aircache --enable-metrics")
+    top.add_argument("--stock-url", help="beside --url: one with --kv-policy none")
+    top.add_argument("--batch", type=int, action="append", help="only this one; may be repeated")
+    top.add_argument(
+        "--visual", type=int, action="append", help="only this prompt length; may be repeated"
+    )
+    top.add_argument("--rounds", type=int, help="times each cell is measured (default 2)")
+    top.add_argument("--file", type=Path, help="the result file, by default named by the preset")
+    top.add_argument("--fresh", action="store_true", help="drop the file's rows first")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # Read when torch is imported, here and in the servers. On a CPU one thread: two cores also have
+    # to run tokenizer and client, and threads that wait for one another multiply any disturbance.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments = parser().parse_args(argv)
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser().error(f"--rounds must be at least 1, got {arguments.rounds}")
+    if arguments.stock_url and not arguments.url:
+        parser().error("--stock-url needs --url beside it")
+    name = "capacity" if arguments.capacity else arguments.preset
+    path = arguments.file or RESULTS / f"throughput-{name}.jsonl"
+    code = run(path, arguments) if arguments.action == "run" else 0
+    if not path.exists():
+        print(f"no results in {path}; measure first", file=sys.stderr)
+        return code or 1
+    from benchmarks.throughput.report import report
+
+    report(path)
+    return code
+
+
+def run(path: Path, arguments: argparse.Namespace) -> int:
+    """Measure; what was measured before a failure is kept. Returns the exit code."""
+    import dataclasses
+
+    import requests
+
+    from benchmarks.throughput import capacity
+    from benchmarks.throughput.plan import PRESETS
+    from benchmarks.throughput.run import sweep
+    from tests.support import ServerError
+
+    if arguments.fresh:
+        path.unlink(missing_ok=True)
+    preset = PRESETS[arguments.preset]
+    chosen = {"batches": arguments.batch, "visual": arguments.visual, "rounds": arguments.rounds}
+    preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
+    given = {"aircache": arguments.url, "none": arguments.stock_url}
+    urls = {policy: url for policy, url in given.items() if url}
+    # Leave through the servers' context managers, which end them.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        preset.check()
+        if arguments.capacity:
+            capacity.measure(Results(path), capacity.PRESET, capacity.Load(), urls)
+        else:
+            sweep(Results(path), preset, urls)
+    except (ServerError, ValueError, requests.RequestException) as error:
+        # A server's error is followed by the end of its log.
+        first, _, log = str(error).partition("\n")
+        if log:
+            print(log, file=sys.stderr)
+        print(f"The benchmark stopped: {first}. What it has measured is kept.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("The benchmark was interrupted. What it has measured is kept.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

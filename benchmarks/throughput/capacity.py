@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests a fixed pool holds, and the highest rate at which it serves them in time.
+
+The client is SGLang's own `sglang.benchmark.serving` with its image data set: open-loop Poisson
+arrivals, every picture a new one. Ours is what watches the scheduler meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Results, Row
+from benchmarks.report import Cells, goal, setting, table
+from benchmarks.throughput.plan import COMMON, INSTRUCTION_TOKENS, Cell, Preset
+from benchmarks.throughput.run import servers
+from benchmarks.throughput.watch import LoadWatch
+from tests.support import Client, ServerError
+
+SETTINGS = (None, 0.5, 0.1)
+BURST = math.inf
+HELD = 5.0  # the goal: times the requests that stock SGLang holds
+PIXELS_PER_TOKEN = 28
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """What the clients ask for, and what counts as in time.
+
+    pictures x picture_tokens visual tokens a request; prompts: requests of one trial.
+    rate: the first one tried, in requests a second. Limits on the 99th percentile, in seconds:
+    ttft of the time to the first token, tpot of the time per output token.
+    """
+
+    pictures: int = 8
+    picture_tokens: int = 1024
+    tokens: int = 256
+    prompts: int = 24
+    rate: float = 0.125
+    ttft: float = 30.0
+    tpot: float = 1.0
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.pictures * self.picture_tokens
+
+
+# A request is a few hundred kilobytes of KV here: what counts is that they are tokens of a pool,
+# and a small model prefills 8192 of them in a second or two on a CPU.
+PRESET = Preset(
+    "capacity",
+    {"layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "vision_depth": 1},
+    (
+        *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "28672"),
+        *("--context-length", "16384", "--chunked-prefill-size", "4096"),
+        *("--max-running-requests", "64", *COMMON),
+    ),
+    batches=(1,),
+    visual=(1024,),
+    tokens=8,
+    rounds=1,
+    side_by_side=False,
+    largest=2048,
+    retentions=(0.5, 0.1),
+)
+
+
+def arguments(client: Client, load: Load, model: str, retention: float | None) -> list[str]:
+    """Of SGLang's client, but for rate, seed and output."""
+    side = PIXELS_PER_TOKEN * math.isqrt(load.picture_tokens)
+    overrides = {} if retention is None else {"aircache": {"retention": retention}}
+    return [
+        *("--backend", "sglang-oai-chat", "--base-url", client.url, "--model", model),
+        *("--dataset-name", "image", "--image-count", str(load.pictures)),
+        *("--image-resolution", f"{side}x{side}", "--num-prompts", str(load.prompts)),
+        *("--random-input-len", str(INSTRUCTION_TOKENS), "--random-range-ratio", "1"),
+        *("--random-output-len", str(load.tokens), "--warmup-requests", "0", "--disable-tqdm"),
+        *("--extra-request-body", json.dumps({"custom_params": overrides})),
+    ]
+
+
+def trial(
+    client: Client, load: Load, model: str, retention: float | None, rate: float, seed: int
+) -> Row:
+    """One run of the client.
+
+    held, queued: the most requests that ran and that waited at once, by the scheduler's count;
+    retracted: requests that lost their slots to others.
+    Raises ServerError if the client fails or a request does.
+    """
+    client.flush_cache()
+    before = retractions(client)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.jsonl"
+        command = [sys.executable, "-m", "sglang.benchmark.serving"]
+        command += arguments(client, load, model, retention)
+        command += ["--request-rate", str(rate), "--seed", str(seed), "--output-file", str(out)]
+        with LoadWatch(client) as watch:
+            done = subprocess.run(
+                command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+            )
+        if done.returncode or not out.exists():
+            said = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+            log = "\n".join(said[-20:])
+            raise ServerError(f"sglang.benchmark.serving ended with {done.returncode}\n{log}")
+        found: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
+    if found["completed"] != load.prompts:
+        raise ServerError(f"{found['completed']} of {load.prompts} requests were answered")
+    return {
+        "prompts": load.prompts,
+        "tokens": load.tokens,
+        "pool": client.info()["max_total_num_tokens"],
+        "held": watch.most("num_running_reqs"),
+        "queued": watch.most("num_waiting_reqs"),
+        "retracted": retractions(client) - before,
+        "p99_ttft_seconds": found["p99_ttft_ms"] / 1000,
+        "p99_tpot_seconds": found["p99_tpot_ms"] / 1000,
+        "requests_per_second": found["request_throughput"],
+        "output_tokens_per_second": found["output_throughput"],
+    }
+
+
+def retractions(client: Client) -> int:
+    return int(client.metrics().get("sglang:num_retracted_requests_total", 0))
+
+
+def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None:
+    """The highest rate that is served in time, within a quarter; None if not even `first` / 8 is.
+
+    Doubles or halves from `first`, then divides the last interval in two, in proportion, twice.
+    """
+    low, high = 0.0, math.inf
+    rate = first
+    while math.isinf(high) or not low:
+        if in_time(rate):
+            low, rate = rate, 2 * rate
+        else:
+            high, rate = rate, rate / 2
+        if rate < first / 8:
+            return None
+        if rate > 64 * first:
+            return low
+    for _ in range(2):
+        rate = math.sqrt(low * high)
+        if in_time(rate):
+            low = rate
+        else:
+            high = rate
+    return low
+
+
+def measure(results: Results, preset: Preset, load: Load, urls: dict[str, str]) -> None:
+    """A burst, then the search for the rate, for stock SGLang and each retention."""
+    seeds = iter(range(1, 10_000))
+    with servers(preset, urls) as running:
+        for retention in SETTINGS:
+            cell = Cell(retention, 1, preset.picture_tokens, 0)
+            if urls and cell.policy not in urls:
+                continue
+
+            def run(rate: float, retention: float | None = retention, cell: Cell = cell) -> Row:
+                key = {
+                    "benchmark": "capacity",
+                    "retention": retention,
+                    "visual_tokens": load.visual_tokens,
+                    "rate": "burst" if rate == BURST else round(rate, 4),
+                }
+
+                def measured() -> Row:
+                    client = running.of(cell)
+                    model = str(client.info()["model_path"])
+                    # No two trials share a picture.
+                    return trial(client, load, model, retention, rate, next(seeds))
+
+                results.measure(key, measured)
+                return next(row for row in results.rows if row["key"] == key)
+
+            def in_time(rate: float) -> bool:
+                row = run(rate)
+                return bool(
+                    row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
+                )
+
+            run(BURST)
+            highest_rate(in_time, load.rate)
+
+
+def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[str]:
+    """Requests held and the highest rate served in time, by setting."""
+    cells = Cells(rows, "capacity")
+    if not cells.rows:
+        return
+    load = load or Load()
+    lines, held = [], {}
+    for n in cells.values("visual_tokens"):
+        for retention in cells.values("retention"):
+            found = cells.find(visual_tokens=n, retention=retention)
+            burst = next((row for row in found if row["key"]["rate"] == "burst"), None)
+            paced = [row for row in found if row["key"]["rate"] != "burst"]
+            kept = [
+                row
+                for row in paced
+                if row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
+            ]
+            best = max(kept, key=lambda row: row["key"]["rate"], default=None)
+            if burst is None:
+                continue
+            held[retention] = burst["held"]
+            line = [f"{n}, {setting(retention)}", str(burst["pool"]), str(burst["held"])]
+            line += [str(burst["queued"]), f"{burst['output_tokens_per_second']:.0f}"]
+            line += [str(sum(row["retracted"] for row in found))]
+            if best is None:
+                line += ["-"] * 4
+            else:
+                line += [f"{best['key']['rate']:.3g}", str(best["held"])]
+                line += [f"{best['p99_ttft_seconds']:.1f}", f"{best['p99_tpot_seconds']:.2f}"]
+            lines.append(line)
+    yield "## Capacity of a fixed pool\n"
+    yield (
+        "*Held* are the most requests that ran at once when all came at once; *rate* is the "
+        f"highest at which 99 % had their first token within {load.ttft:g} s and a token every "
+        f"{load.tpot:g} s.\n"
+    )
+    head = ["visual tokens, retention", "pool", "held", "queued", "tokens/s", "retracted"]
+    head += ["rate, 1/s", "held at it", "p99 TTFT, s", "p99 TPOT, s"]
+    yield table(head, lines)
+    if held.get(None) and held.get(0.1):
+        ratio = held[0.1] / held[None]
+        yield goal(ratio >= HELD, f"retention 0.1 holds {HELD:g} times stock's ({ratio:.1f})")

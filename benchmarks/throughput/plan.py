@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, in which order, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aircache_sglang.policy import columns
+from benchmarks.records import Row
+
+INSTRUCTION_TOKENS = 64
+# Text before the pictures, and what marks each of them.
+HEAD_TOKENS, MARK_TOKENS = 8, 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preset:
+    """A sweep over batch sizes and prompt lengths.
+
+    model: arguments of `make_qwen2_vl`. flags, env: of both servers.
+    retentions: of the compressing server, beside stock SGLang.
+    tokens: of each answer. picture_tokens: visual tokens a picture.
+    rounds: how often each cell is measured, the variants taking turns (A B A B).
+    side_by_side: both servers run at once, so that the variants of a cell follow one another; else
+        they take turns by the round.
+    largest: visual tokens of a whole batch above which a cell is left out.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    flags: Sequence[str]
+    batches: Sequence[int]
+    visual: Sequence[int]
+    tokens: int
+    rounds: int
+    side_by_side: bool
+    largest: int
+    retentions: Sequence[float] = (1.0, 0.5, 0.1)
+    picture_tokens: int = 1024
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that cannot be measured."""
+        for batch in self.batches:
+            if batch < 1:
+                raise ValueError(f"a batch must be at least 1, got {batch}")
+        for n in self.visual:
+            if n < 1 or n % self.picture_tokens:
+                raise ValueError(
+                    f"visual tokens must be a multiple of {self.picture_tokens}, got {n}"
+                )
+
+    @property
+    def pictures(self) -> int:
+        """Different pictures: each request of a batch begins with another one."""
+        return max(*self.batches, *(n // self.picture_tokens for n in self.visual))
+
+
+# KV is 6 KiB a token and outweighs the 1.1 million parameters from a thousand tokens on.
+SMALL = {
+    "layers": 6,
+    "heads": 2,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 128,
+    "vision_depth": 1,
+}
+# The decoder of Qwen2-VL-7B without its weights, and a vision tower that is not measured.
+QWEN2_VL_7B = {
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 18_944,
+    "vision_depth": 1,
+    "max_position_embeddings": 40_960,
+    "dtype": "bfloat16",
+    "write_weights": False,
+}
+COMMON = ("--enable-metrics", "--load-snapshot-publish-interval", "1")
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "cpu-small",
+            SMALL,
+            (
+                *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "53248"),
+                *("--context-length", "16384", "--chunked-prefill-size", "4096"),
+                *("--max-running-requests", "16", "--sleep-on-idle", *COMMON),
+            ),
+            batches=(1, 4, 8),
+            visual=(1024, 4096, 8192),
+            tokens=97,
+            rounds=2,
+            side_by_side=True,
+            largest=32_768,
+        ),
+        Preset(
+            "table3",
+            QWEN2_VL_7B,
+            (
+                *("--load-format", "dummy", "--dtype", "bfloat16", "--context-length", "36864"),
+                *("--max-running-requests", "32", *COMMON),
+            ),
+            batches=(1, 8, 16, 32),
+            visual=(2048, 8192, 16_384, 32_768),
+            tokens=512,
+            rounds=2,
+            side_by_side=False,
+            largest=32 * 32_768,
+            # SGLang forgets the embeddings of pictures beyond 100 MB.
+            env={"SGLANG_VLM_CACHE_SIZE_MB": "2048"},
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement; retention None is stock SGLang."""
+
+    retention: float | None
+    batch: int
+    visual_tokens: int
+    round: int
+
+    @property
+    def policy(self) -> str:
+        return "none" if self.retention is None else "aircache"
+
+    def key(self) -> Row:
+        return {"benchmark": "serving", "policy": self.policy, **dataclasses.asdict(self)}
+
+
+def plan(preset: Preset, *, stock: bool = True) -> list[Cell]:
+    """All cells in the order in which they are measured, small ones first; `stock`: its too."""
+    settings = [*([None] if stock else []), *preset.retentions]
+    sizes = [
+        (batch, n) for n in preset.visual for batch in preset.batches if batch * n <= preset.largest
+    ]
+    if preset.side_by_side:
+        return [
+            Cell(retention, batch, n, round_)
+            for batch, n in sizes
+            for round_ in range(preset.rounds)
+            for retention in settings
+        ]
+    return [
+        Cell(retention, batch, n, round_)
+        for round_ in range(preset.rounds)
+        for policy in ("none", "aircache")
+        for batch, n in sizes
+        for retention in settings
+        if (retention is None) == (policy == "none")
+    ]
+
+
+def prompt_tokens(preset: Preset, visual_tokens: int) -> int:
+    """Length of a prompt of the benchmark, on the safe side."""
+    marks = MARK_TOKENS * (visual_tokens // preset.picture_tokens)
+    return HEAD_TOKENS + marks + visual_tokens + INSTRUCTION_TOKENS
+
+
+def pool_tokens(preset: Preset, cell: Cell) -> int:
+    """Slots that a cell needs when its prefill ends: all prompts, answers and columns."""
+    m = 0 if cell.retention in (None, 1.0) else columns(cell.retention, cell.visual_tokens)
+    return cell.batch * (prompt_tokens(preset, cell.visual_tokens) + preset.tokens + m)
+
+
+def does_not_fit(preset: Preset, cell: Cell, pool: int, context: int) -> str | None:
+    """Why a server with this pool and context length cannot hold a cell, in one sentence."""
+    what = f"{cell.batch} x {cell.visual_tokens} visual tokens"
+    length = prompt_tokens(preset, cell.visual_tokens) + preset.tokens
+    if length > context:
+        return f"{what} need a context of {length} tokens, the server's is {context}"
+    needed = pool_tokens(preset, cell)
+    if needed > pool:
+        return f"{what} need {needed} tokens of KV, the server's pool holds {pool}"
+    return None

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The throughput benchmark on real servers, with small cells."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from aircache_sglang.platform import has_accelerator
+from benchmarks.records import read
+from benchmarks.throughput import plan
+from benchmarks.throughput.__main__ import main
+from benchmarks.throughput.capacity import Load, trial
+from tests.support import Server
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(has_accelerator(), reason="for a machine without an accelerator"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(
+        plan.PRESETS["cpu-small"],
+        model={"layers": 2},
+        batches=(1, 2),
+        visual=(64,),
+        picture_tokens=64,
+        tokens=32,
+        rounds=1,
+    )
+    monkeypatch.setitem(plan.PRESETS, "cpu-small", small)
+
+
+@pytest.mark.slow
+def test_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert main(["--file", str(path)]) == 0
+    rows = {
+        (row["key"]["batch"], row["key"]["retention"]): row
+        for row in read(path)
+        if row["key"]["benchmark"] == "serving"
+    }
+    assert set(rows) == {(batch, r) for batch in (1, 2) for r in (None, 1.0, 0.5, 0.1)}
+    for (batch, retention), row in rows.items():
+        assert row["outputs"] == rows[batch, None]["outputs"] or retention in (0.5, 0.1)
+        assert row["prompt_tokens"] <= plan.prompt_tokens(plan.PRESETS["cpu-small"], 64)
+        assert min(row[name] for name in ("prefill_seconds", "decode_seconds")) > 0
+        assert row["token_cpu_seconds"] > 0
+    assert [rows[1, r]["columns"] for r in (None, 1.0, 0.5, 0.1)] == [None, None, 32, 6]
+    table = path.with_suffix(".md").read_text()
+    assert "| 2 x 64 | 0.1 |" in table and "refused" not in table
+
+
+def test_a_given_server(aircache_server: Server, tmp_path: Path) -> None:
+    """Compared with itself at retention 1; its gate is off."""
+    path = tmp_path / "rows.jsonl"
+    assert main(["--url", aircache_server.url, "--file", str(path)]) == 0
+    assert [row["columns"] for row in read(path)][:3] == [None, 32, 6]
+    assert "x is the share of retention 1's value" in path.with_suffix(".md").read_text()
+
+
+def test_a_server_without_metrics(
+    stock_server: Server, aircache_server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    urls = ("--url", aircache_server.url, "--stock-url", stock_server.url)
+    assert main([*urls, "--file", str(tmp_path / "rows.jsonl")]) == 1
+    assert f"the server at {stock_server.url} needs --enable-metrics." in capfd.readouterr().err
+
+
+def test_capacity_trial(aircache_server: Server) -> None:
+    """SGLang's own client, offline, with its image data set."""
+    load = Load(pictures=1, picture_tokens=64, tokens=8, prompts=4)
+    row = trial(aircache_server, load, aircache_server.model, 0.1, float("inf"), seed=1)
+    assert row["prompts"] == 4 and row["retracted"] == 0
+    assert row["output_tokens_per_second"] > 0
+    assert 0 < row["p99_tpot_seconds"] < row["p99_ttft_seconds"] < 60
