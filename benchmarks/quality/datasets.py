@@ -88,6 +88,7 @@ def ours(samples: int | None) -> list[Sample]:
         Sample(
             *("ours", kind, question.id, question.prompt, (question.answer,), "exact_match"),
             pictures=lambda question=question: pictures(question),
+            max_tokens=16,
         )
         for kind in KINDS
         for question in evaluation_set(kind, 100 if samples is None else samples)
