@@ -9,7 +9,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
 PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 
-.PHONY: help which-python dev test test-unit test-gpu check format demo bench clean
+.PHONY: help which-python dev test test-unit test-gpu check format demo bench quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ demo: ## a small model, with and without compression, on this machine's CPU
 
 bench: ## the benchmarks; ARGS=--help lists them
 	@$(PYTHON); "$$python" -m benchmarks $(ARGS)
+
+quality: ## what compression does to answers; ARGS="--grid table5", --help
+	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.quality $(ARGS); "$$python" -m benchmarks.quality report
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -179,6 +179,7 @@ class Grid:
         self._in_a_row += 1
         self._progress.step()
         if self._in_a_row >= FAILURES:
+            self._stop.set()
             raise RequestError(f"{self._in_a_row} requests in a row failed, the last: {message}")
 
 

@@ -20,8 +20,11 @@ from benchmarks.quality.settings import (
     FULL,
     LOW,
     MERGED,
+    ONE_TOKEN,
     POLICIES,
     PRUNING,
+    RANKED,
+    RANKS,
     WINDOWS,
     Setting,
     rare,
@@ -197,7 +200,7 @@ def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
         best = max(reached, key=lambda policy: reached[policy])
         yield goal(
             ours >= reached[best],
-            f"AirCache first of {len(contest)} policies at {percent(r)} "
+            f"AirCache first, or level, of {len(contest)} policies at {percent(r)} "
             f"({ours:.1f}, the best other is {NAMES.get(best, best)} with {reached[best]:.1f})",
         )
     gap = difference(scores, Setting.of("aircache", 0.01), Setting.of("snapkv", 0.01))
@@ -208,25 +211,52 @@ def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
         )
 
 
-def divergence_table(scores: Scores) -> Iterator[str]:
+def mean_table(scores: Scores, name: str, title: str, text: str) -> Iterator[str]:
+    """The mean of a number that answers may carry, by policy and retention."""
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
     lines = []
     for policy in POLICIES:
         texts = []
         for r in retentions:
             rows = scores.of(Setting.of(policy, r)).values()
-            bits = [row["divergence"] for row in rows if row.get("divergence") is not None]
-            texts.append(f"{statistics.fmean(bits):.4f} ({len(bits)})" if bits else "-")
+            values = [row[name] for row in rows if row.get(name) is not None]
+            texts.append(f"{statistics.fmean(values):.4f} ({len(values)})" if values else "-")
         if set(texts) != {"-"}:
             lines.append([NAMES.get(policy, policy), *texts])
-    if not lines:
-        return
-    yield "### How far the next token's distribution moves\n"
-    yield (
+    if lines:
+        yield f"### {title}\n\n{text} In brackets the answers that have it.\n"
+        yield table(["policy", *map(percent, retentions)], lines)
+
+
+def divergence_table(scores: Scores) -> Iterator[str]:
+    yield from mean_table(
+        *(scores, "divergence", "How far the next token's distribution moves"),
         "Jensen-Shannon divergence in bits from the full cache's, over the tokens after the first "
-        "until the answers part; in brackets the answers with such tokens.\n"
+        "until the answers part.",
     )
-    yield table(["policy", *map(percent, retentions)], lines)
+
+
+def mass_table(scores: Scores) -> Iterator[str]:
+    yield from mean_table(
+        *(scores, "visual_mass", "Attention mass"),
+        "The share of the elite window's attention to the picture that the kept tokens carry.",
+    )
+
+
+def rank_table(scores: Scores) -> Iterator[str]:
+    """Figure 4."""
+    of = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
+    settings = [setting for row in of.values() for setting in row]
+    samples = scores.common(settings)
+    if not samples:
+        return
+    yield f"### One visual token a layer, by its rank (figure 4), {len(samples)} samples\n"
+    lines = [
+        [NAMES[policy], *(cell(scores.score(setting, samples)) for setting in row)]
+        for policy, row in of.items()
+        if any(map(scores.has, row))
+    ]
+    yield table(["policy", *map(str, RANKS)], lines)
 
 
 def ablation_tables(scores: Scores) -> Iterator[str]:
@@ -443,7 +473,9 @@ def sections(path: Path, page: Path) -> Iterator[str]:
             target = os.path.relpath(picture, page.parent)
             yield f"![score over retention]({target})\n"
         yield from ablation_tables(scores)
+        yield from rank_table(scores)
         yield from divergence_table(scores)
+        yield from mass_table(scores)
         yield from budget_table(scores)
         yield from pruning_table(scores)
 

@@ -19,6 +19,9 @@ ALPHAS = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 MERGED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")
 BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")
+RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compares
+ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
 LOW = (0.1, 0.01)  # what the paper's ablations are run at
 # Sent with every request of AirCache, so that the server's flags do not matter.
 DEFAULTS = {"alpha": 0.9, "budget": "aircache", "elite": "per-head", "window": "elite"}
@@ -71,9 +74,12 @@ def unfrozen(knobs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def rare(**knobs: Any) -> dict[str, Any]:
-    """Knobs of `ablation`, without those that have AirCache's default; as arguments of `of`."""
+    """Knobs of `ablation`, without those that have AirCache's default; as arguments of `of`.
+
+    A rank stays, 0 too: it is of figure 4 alone.
+    """
     default = {"merge": 0.0, "selection": "per-head"}
-    kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default[k]))
+    kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
 
 
@@ -127,6 +133,9 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
             for r in low
             for b in ("uniform", "strength", "skewness")
         ]
+    if name == "figure4":
+        ranked = [policy for policy in policies if policy in RANKED]
+        return full + [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for p in ranked for k in RANKS]
     if name == "curve":
         shares = retentions or (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
         return full + product(("aircache", "random"), shares)
@@ -140,6 +149,7 @@ GRIDS = {
     "table11": "merging a share of what is dropped",
     "table12": "the relevance threshold alpha",
     "table13": "how far the layer budgets lie apart",
+    "figure4": "one visual token a layer, by its rank",
     "curve": "AirCache and random selection over the retention",
     "heads": "elite window and selection, each per head or shared by the heads",
     "cross": "every window with every budget",
