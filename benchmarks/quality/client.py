@@ -65,7 +65,7 @@ class Client:
     def ask(self, sample: Sample, setting: Setting) -> Answer:
         """The pictures or the video first, then the text, in one user turn."""
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": url}} for url in sample.pictures()
+            {"type": "image_url", "image_url": {"url": url}} for url in self._pictures(sample)
         ]
         if sample.video is not None:
             content.append({"type": "video_url", "video_url": {"url": data_url(sample.video)}})
@@ -94,6 +94,12 @@ class Client:
             report=(choice.get("meta_info") or {}).get("aircache"),
             seconds=seconds,
         )
+
+    def _pictures(self, sample: Sample) -> list[str]:
+        """Rendered once for all settings, which a thread asks one after another."""
+        if getattr(self._local, "sample", None) is not sample:
+            self._local.sample, self._local.pictures = sample, sample.pictures()
+        return list(self._local.pictures)
 
     def _send(self, method: str, path: str, body: Any = None) -> Any:
         if not hasattr(self._local, "session"):

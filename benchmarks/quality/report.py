@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.quality import metrics
 from benchmarks.quality.grid import read
+from benchmarks.quality.scores import Scores, difference
 from benchmarks.quality.settings import (
     ALPHAS,
     BUDGETS,
@@ -29,7 +28,7 @@ from benchmarks.quality.settings import (
     Setting,
     rare,
 )
-from benchmarks.records import ROOT, Row, identity
+from benchmarks.records import ROOT, Row
 from benchmarks.report import goal, table
 
 PAGE = ROOT / "docs" / "quality.md"
@@ -44,77 +43,6 @@ NAMES = {
 WITHIN_FULL, ABOVE_SNAPKV = 1.0, 6.5  # points; the project's goals
 
 Labelled = Sequence[tuple[str, Setting]]
-
-
-class Scores:
-    """The rows of one data set by setting and sample."""
-
-    def __init__(self, rows: Iterable[Row], kind: str | None = None) -> None:
-        self._rows: dict[str, dict[str, Row]] = {}
-        self._settings: dict[str, Row] = {}
-        for row in rows:
-            key = row["key"]
-            if kind is None or key["kind"] == kind:
-                setting = identity(key["setting"])
-                self._settings[setting] = key["setting"]
-                self._rows.setdefault(setting, {})[key["sample"]] = row
-
-    def has(self, setting: Setting) -> bool:
-        return identity(setting.key()) in self._rows
-
-    def of(self, setting: Setting) -> dict[str, Row]:
-        return self._rows.get(identity(setting.key()), {})
-
-    def retentions(self, policies: Sequence[str]) -> list[float]:
-        """Those of plain settings of the policies, falling."""
-        found = {
-            setting["retention"]
-            for setting in self._settings.values()
-            if setting["policy"] in policies and len(setting) == 2
-        }
-        return sorted(found, reverse=True)
-
-    def common(self, settings: Iterable[Setting]) -> list[str]:
-        """The samples that every setting with any row has answered, so that they compare."""
-        answered = [self.of(setting).keys() for setting in settings if self.has(setting)]
-        first = answered[0] if answered else ()
-        return [sample for sample in first if all(sample in others for others in answered)]
-
-    def score(self, setting: Setting, samples: Sequence[str]) -> float | None:
-        """In per cent (MME: its own sum); None without rows."""
-        rows = self.of(setting)
-        return total([rows[sample] for sample in samples]) if rows and samples else None
-
-
-def total(rows: Sequence[Row]) -> float:
-    """The data set's figure: of groups the mean of the least, MME's acc + acc+ over tasks."""
-    if rows[0]["metric"] == "yes_no":
-        tasks: dict[str, dict[str, list[float]]] = {}
-        for row in rows:
-            tasks.setdefault(row["key"]["kind"], {}).setdefault(row["group"], []).append(
-                row["score"]
-            )
-        return metrics.mme_score(tasks)
-    return 100 * statistics.fmean(by_group(rows).values())
-
-
-def by_group(rows: Iterable[Row]) -> dict[str, float]:
-    groups: dict[str, float] = {}
-    for row in rows:
-        groups[row["group"]] = min(row["score"], groups.get(row["group"], 1.0))
-    return groups
-
-
-def difference(scores: Scores, one: Setting, other: Setting) -> tuple[float, float, float] | None:
-    """one - other in points and its 95 % interval: a paired bootstrap over groups, seed 0."""
-    samples = scores.common([one, other])
-    if not (samples and scores.has(one) and scores.has(other)):
-        return None
-    sides = [by_group(scores.of(setting)[s] for s in samples) for setting in (one, other)]
-    gaps = np.array([100 * (sides[0][group] - sides[1][group]) for group in sides[0]])
-    draws = np.random.default_rng(0).integers(0, len(gaps), (2000, len(gaps)))
-    low, high = np.percentile(gaps[draws].mean(axis=1), (2.5, 97.5))
-    return float(gaps.mean()), float(low), float(high)
 
 
 def cell(value: float | None, digits: int = 1) -> str:
@@ -407,13 +335,8 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
         yield f"**{len(stray)} answers were to be compressed and were not.**\n"
 
 
-def curve(path: Path, name: str, scores: Scores) -> Path | None:
+def curve(path: Path, name: str, scores: Scores) -> Iterator[Path]:
     """Score over retention, a line a policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = {}
     for policy in POLICIES:
         settings = [Setting.of(policy, r) for r in scores.retentions([policy]) if r < 1]
@@ -421,8 +344,43 @@ def curve(path: Path, name: str, scores: Scores) -> Path | None:
         points = [(s.retention, scores.score(s, samples)) for s in settings if scores.has(s)]
         if len(points) > 1:
             lines[policy] = points
-    if not lines:
-        return None
+    if lines:
+        label = "share of the visual KV that is kept"
+        yield plot(path.with_name(f"{path.stem}-{name}.png"), scores, lines, label, falling=True)
+
+
+def ranks(path: Path, name: str, scores: Scores) -> Iterator[Path]:
+    """Score over the rank of the one token that is kept, a line a policy."""
+    settings = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
+    samples = scores.common(setting for row in settings.values() for setting in row)
+    lines = {
+        policy: [
+            (rank + 1, scores.score(setting, samples))
+            for rank, setting in zip(RANKS, row, strict=True)
+            if scores.has(setting)
+        ]
+        for policy, row in settings.items()
+        if any(map(scores.has, row))
+    }
+    if lines:
+        label = "rank of the one token a layer that is kept"
+        yield plot(path.with_name(f"{path.stem}-{name}-ranks.png"), scores, lines, label)
+
+
+def plot(
+    picture: Path,
+    scores: Scores,
+    lines: dict[str, list[tuple[float, float | None]]],
+    label: str,
+    *,
+    falling: bool = False,
+) -> Path:
+    """Lines over a logarithmic axis, and the full cache's level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     full = scores.score(Setting.of(FULL), list(scores.of(Setting.of(FULL))))
     if full is not None:
@@ -431,13 +389,13 @@ def curve(path: Path, name: str, scores: Scores) -> Path | None:
         width = 2.5 if policy == "aircache" else 1.2
         axis.plot(*zip(*points, strict=True), "o-", lw=width, label=NAMES.get(policy, policy))
     axis.set_xscale("log")
-    axis.invert_xaxis()
-    axis.set_xlabel("share of the visual KV that is kept")
+    if falling:
+        axis.invert_xaxis()
+    axis.set_xlabel(label)
     axis.set_ylabel("score")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    picture = path.with_name(f"{path.stem}-{name}.png")
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
     return picture
@@ -468,10 +426,8 @@ def sections(path: Path, page: Path) -> Iterator[str]:
         yield f"## Data set `{name}`, {', '.join(sorted({row['metric'] for row in of_set}))}\n"
         yield from checks(of_set)
         yield from policy_tables(scores, of_set)
-        picture = curve(path, name, scores)
-        if picture is not None:
-            target = os.path.relpath(picture, page.parent)
-            yield f"![score over retention]({target})\n"
+        for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
+            yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
         yield from rank_table(scores)
         yield from divergence_table(scores)

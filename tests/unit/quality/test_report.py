@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.report import BEGIN, END, PAGE, PAPER, Scores, difference, report, total
+from benchmarks.quality.report import BEGIN, END, PAGE, PAPER, report
+from benchmarks.quality.scores import Scores, difference, total
 from benchmarks.quality.settings import FULL, ONE_TOKEN, POLICIES, PRUNING, Setting, grid, rare
 
 RUN = {
@@ -143,14 +144,15 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
     ):
         assert f"### {heading}" in text
     assert "Kind `line`, 2 samples" in text
-    assert "| last-16 | 100.0 | 100.0 | 61.1 |" in text  # (70.4 + 56.6 + 61.3 + 55.9) / 4
+    assert "| all | 100.0 | 100.0 | 63.3 |" in text  # (72.2 + 58.4 + 65.7 + 57.0) / 4
     assert "| uniform, strength | 0.0488 | 0.55 | 0.0488 | 0.58 |" in text
     assert "| uniform, skewness | 0.0000 | 0.54 |" in text
     assert "| FastV | 100.0 | 100.0 | 100.0 | 73.6 | 47.7 | 16.9 |" in text
     assert "| SnapKV | 0.1250 (4) |" in text and "| SnapKV | 0.7500 (4) |" in text
     assert "were to be compressed" not in text
-    assert "![score over retention](rows-ours.png)" in text
-    assert (tmp_path / "rows-ours.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("rows-ours", "rows-ours-ranks"):
+        assert f"![{name}]({name}.png)" in text
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_answer_that_was_not_compressed_is_said(tmp_path: Path) -> None:

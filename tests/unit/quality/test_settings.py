@@ -17,6 +17,7 @@ from benchmarks.quality.settings import (
     grid,
     rare,
 )
+from benchmarks.quality.settings import POLICIES as ALL_POLICIES
 
 POLICIES = ("h2o", "snapkv", "aircache")
 PLAIN = Setting.of("aircache", 0.1)
@@ -60,6 +61,15 @@ def test_grids(name: str) -> None:
     allowed = {"curve": ("aircache", "random"), "table1": POLICIES, "figure4": POLICIES}
     allowed["table4"] = (*PRUNING, "aircache")
     assert {s.policy for s in settings[1:]} <= {*allowed.get(name, ("aircache",))}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_server_takes_every_setting(name: str) -> None:
+    for setting in grid(name, ALL_POLICIES, None):
+        if setting.policy not in PRUNING:
+            config = AirCacheConfig().with_overrides({"aircache": setting.overrides()})
+            assert config.retention == setting.retention
+            assert config.policy == setting.policy or setting.policy == FULL
 
 
 def test_what_the_grids_share_is_asked_once() -> None:
