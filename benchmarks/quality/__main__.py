@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    # Read when torch is imported, here and in a server: threads that wait for one another multiply
+    # any disturbance, and the tokenizer and the client need a core too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Leave through the server's context manager, which ends it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments.samples < 0 or arguments.concurrency < 1:
@@ -102,7 +106,6 @@ def server_url(arguments: argparse.Namespace) -> Iterator[str]:
 
     if not (arguments.model / "config.json").is_file():
         raise ValueError(f"--model must be a checkpoint folder, got {arguments.model}")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     device = () if has_accelerator() else ("--device", "cpu")
     flags = [*device, "--dtype", "float32", "--kv-policy", "aircache"]
     flags += shlex.split(arguments.server_flags)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,30 +26,31 @@ pytestmark = [
     pytest.mark.skipif(has_accelerator(), reason="for a machine without an accelerator"),
 ]
 ROOT = Path(__file__).parents[2]
+STAND_INS = ROOT / "tests" / "stand_ins"
 VISUAL = 80
 
 
-def quality(*arguments: Any) -> subprocess.CompletedProcess[str]:
+def quality(*arguments: Any, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.quality", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
         capture_output=True,
         text=True,
         timeout=280,
     )
 
 
-def test_policies_and_pruning(checkpoint: Path, tmp_path: Path) -> None:
-    """Starts its own server; 3 samples under the full cache, 2 x 2 policies, 3 x 2 of pruning."""
+def test_policies_and_pruning(aircache_server: Server, tmp_path: Path) -> None:
+    """3 samples under the full cache, 2 x 2 policies, 3 x 2 settings of pruning."""
     file, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
-    arguments = ["--model", checkpoint, "--dataset", "docvqa", "--path", make_docvqa(tmp_path)]
-    arguments += ["--file", file, "--policies", "snapkv", "aircache", "--retentions", 0.5, 0.1]
-    done = quality(*arguments, "--grid", "table1", "--grid", "table4")
+    arguments = ["--url", aircache_server.url, "--dataset", "docvqa", "--file", file]
+    arguments += ["--path", make_docvqa(tmp_path), "--policies", "snapkv", "aircache"]
+    done = quality(*arguments, "--retentions", 0.5, 0.1, "--grid", "table1", "--grid", "table4")
     assert done.returncode == 0, done.stderr
     assert "33/33 rows, 0 old" in done.stderr
     (run,), rows = read(file)
-    assert run["weights"] and run["model"] == checkpoint.name
+    assert run["weights"] and run["model"] == Path(aircache_server.model).name
     assert len({identity(row["key"]) for row in rows}) == len(rows) == 33
     for row in rows:
         setting = row["key"]["setting"]
@@ -61,9 +61,8 @@ def test_policies_and_pruning(checkpoint: Path, tmp_path: Path) -> None:
         assert row["visual_tokens"] == VISUAL
         assert row["columns"] == round(VISUAL * setting["retention"])
         if setting["policy"] not in PRUNING:
-            assert (
-                len(row["layer_budgets"]) == 4 and sum(row["layer_budgets"]) == 4 * row["columns"]
-            )
+            assert len(row["layer_budgets"]) == 4
+            assert sum(row["layer_budgets"]) == 4 * row["columns"]
             # The prefill draws the first token from the whole cache.
             assert row["same"] >= 1 and 0 <= row["divergence"] <= 1
     page.write_text(f"{BEGIN}{END}")
@@ -71,6 +70,18 @@ def test_policies_and_pruning(checkpoint: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert "3 samples, all kinds" in text and "### Token pruning (table 4), 3 samples" in text
     assert "were to be compressed" not in text
+
+
+def test_a_server_of_its_own_and_a_video(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--model", checkpoint, "--dataset", "mmbench-video", "--file", file]
+    arguments += ["--path", make_mmbench_video(tmp_path), "--policies", "aircache"]
+    done = quality(*arguments, "--retentions", 0.5, PYTHONPATH=str(STAND_INS))
+    assert done.returncode == 0, done.stderr
+    full, half = read(file)[1]
+    assert full["answer"] and "columns" not in full
+    # Four of the eight frames, two a step, of 4 x 4 tokens.
+    assert half["visual_tokens"] == 32 and half["columns"] == 16
 
 
 def test_a_cut_run_goes_on_at_any_server(aircache_server: Server, tmp_path: Path) -> None:
@@ -106,11 +117,12 @@ def test_the_divergence_is_that_of_the_logprobs(aircache_server: Server, tmp_pat
     )
 
 
-def test_a_server_that_cannot_read_videos(aircache_server: Server, tmp_path: Path) -> None:
+def test_a_video_that_the_server_cannot_read(aircache_server: Server, tmp_path: Path) -> None:
     arguments = ["--url", aircache_server.url, "--dataset", "mmbench-video"]
     arguments += ["--path", make_mmbench_video(tmp_path), "--file", tmp_path / "rows.jsonl"]
+    (tmp_path / "video" / "abc_processed.mp4").write_bytes(b"no video")
     done = quality(*arguments, "--policies", "aircache", "--retentions", 0.1)
     assert done.returncode == 1
-    last = json.dumps(done.stderr.splitlines()[-1])
-    assert "error: 2 requests failed, as mmbench-video 0, none: HTTP 4" in last, done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: 2 requests failed, as mmbench-video 0, none: HTTP 4")
     assert not (tmp_path / "rows.jsonl").read_text()
