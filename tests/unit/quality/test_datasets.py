@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.documents.questions import KINDS
 from benchmarks.quality import datasets
 from benchmarks.quality.layouts import LAYOUTS
 from tests.factories import datasets as made
@@ -155,23 +154,14 @@ def test_what_is_asked_for(tmp_path: Path) -> None:
         datasets.load("mme", tmp_path / "nowhere", None)
 
 
-def test_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repository's documents, through the interface of `benchmarks/documents`."""
-
-    class Question:
-        def __init__(self, kind: str, number: int) -> None:
-            self.id, self.kind = f"{kind}-{number}", kind
-            self.prompt, self.answer = "read it", "K4"
-
-        def images(self) -> list[Image.Image]:
-            return [Image.new("RGB", (56, 56)), Image.new("RGB", (56, 28))]
-
-    module = types.ModuleType("benchmarks.documents.questions")
-    module.KINDS = ("value", "page")  # type: ignore[attr-defined]
-    module.Question = Question  # type: ignore[attr-defined]
-    module.evaluation_set = lambda kind, n: [Question(kind, i) for i in range(n)]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "benchmarks.documents", types.ModuleType("documents"))
-    monkeypatch.setitem(sys.modules, "benchmarks.documents.questions", module)
+def test_ours(tmp_path: Path) -> None:
     samples = datasets.load("ours", None, 2)
-    assert [s.id for s in samples] == ["value-0", "value-1", "page-0", "page-1"]
-    assert len(samples[3].pictures()) == 2 and samples[3].score("k4") == 1.0
+    assert [s.kind for s in samples] == [kind for kind in KINDS for _ in range(2)]
+    assert len({s.id for s in samples}) == len(samples)
+    for sample in samples:
+        assert sample.score(sample.answers[0]) == 1.0 and sample.score("?") == 0.0
+        urls = sample.pictures()
+        # Rendered anew with the same pixels.
+        assert urls == sample.pictures() and len(urls) == (3 if sample.kind == "page" else 1)
+        with Image.open(made_file(base64.b64decode(urls[0].partition(",")[2]), tmp_path)) as page:
+            assert page.width * page.height >= 256 * 28 * 28
