@@ -9,7 +9,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
 PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 
-.PHONY: help which-python dev test test-unit test-gpu check format demo bench bench-parts clean
+.PHONY: help which-python dev test test-unit test-gpu check format demo bench bench-parts quality train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,12 @@ bench: ## real servers by batch and prompt length; ARGS=--capacity, ARGS="--pres
 
 bench-parts: ## attention, the compression pass and the overhead of a step, without a server
 	@$(PYTHON); "$$python" -m benchmarks $(ARGS)
+
+quality: ## what compression does to answers; ARGS="--grid table5", --help
+	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.quality $(ARGS); "$$python" -m benchmarks.quality report
+
+train: ## train the model that reads pages, an hour and a half on one core; ARGS=--help
+	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.documents.train $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

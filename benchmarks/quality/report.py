@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result file as tables beside the paper's, in docs/quality.md, and as plots beside the rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import metrics
+from benchmarks.quality.grid import read
+from benchmarks.quality.scores import Scores, difference
+from benchmarks.quality.settings import (
+    ALPHAS,
+    BUDGETS,
+    FULL,
+    LOW,
+    MERGED,
+    ONE_TOKEN,
+    POLICIES,
+    PRUNING,
+    RANKED,
+    RANKS,
+    WINDOWS,
+    Setting,
+    rare,
+)
+from benchmarks.records import ROOT, Row
+from benchmarks.report import goal, table
+
+PAGE = ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper.json").read_text())
+PAPER_MODEL = "Qwen2-VL-7B"  # of table 1; the ablations' is LLaVA-OV-7B
+NAMES = {
+    **{FULL: "full cache", "h2o": "H2O", "elastic": "Elastic Cache", "prefixkv": "PrefixKV"},
+    **{"snapkv": "SnapKV", "aircache": "AirCache", "pyramidkv": "PyramidKV", "vlcache": "VL-Cache"},
+    **{"fastv": "FastV", "fastervlm": "FasterVLM", "ivtp": "IVTP"},
+}
+WITHIN_FULL, ABOVE_SNAPKV = 1.0, 6.5  # points; the project's goals
+
+Labelled = Sequence[tuple[str, Setting]]
+
+
+def cell(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(retention: float) -> str:
+    return f"{100 * retention:g} %"
+
+
+def of_paper(name: str, row: str, retention: float) -> float | None:
+    """The mean over the paper's data sets; None where it has no such cell."""
+    source = PAPER[name][PAPER_MODEL] if name == "table1" else PAPER[name]
+    found = source.get(row, {}).get(f"{retention:g}")
+    return statistics.fmean(found.values()) if found else None
+
+
+def policy_tables(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
+    retentions = [r for r in scores.retentions(POLICIES) if r < 1]
+    settings = [Setting.of(p, r) for p in POLICIES for r in retentions]
+    if not any(map(scores.has, settings)):
+        return
+    full = Setting.of(FULL)
+
+    def lines(of: Scores, samples: Sequence[str]) -> Iterator[list[str]]:
+        for policy in (FULL, *POLICIES):
+            cells = [full if policy == FULL else Setting.of(policy, r) for r in retentions]
+            if any(map(of.has, cells)):
+                figures = [cell(of.score(setting, samples)) for setting in cells]
+                yield [NAMES.get(policy, policy), *figures]
+
+    head = ["policy", *map(percent, retentions)]
+    samples = scores.common([full, *settings])
+    yield f"### Policies by retention (the paper's table 1)\n\n{len(samples)} samples, all kinds.\n"
+    yield table(head, lines(scores, samples))
+    kinds = list(dict.fromkeys(row["key"]["kind"] for row in rows))
+    for kind in kinds if len(kinds) > 1 else []:
+        of_kind = Scores(rows, kind)
+        common = of_kind.common([full, *settings])
+        yield f"Kind `{kind}`, {len(common)} samples:\n"
+        yield table(head, lines(of_kind, common))
+    paper = [
+        [NAMES[policy], *(cell(of_paper("table1", policy, r)) for r in retentions)]
+        for policy in PAPER["table1"][PAPER_MODEL]
+    ]
+    yield f"The paper's, mean of ChartQA, InfoVQA, DocVQA and TextVQA, {PAPER_MODEL}:\n"
+    yield table(head, paper)
+    yield from policy_gaps(scores, retentions)
+    if rows[0]["key"]["dataset"] == "ours":
+        yield from goals(scores)
+
+
+def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
+    """AirCache less each other, with intervals."""
+    lines = []
+    for policy in (FULL, *POLICIES):
+        gaps = [
+            difference(
+                scores,
+                Setting.of("aircache", r),
+                Setting.of(FULL) if policy == FULL else Setting.of(policy, r),
+            )
+            for r in retentions
+        ]
+        if policy != "aircache" and any(gaps):
+            text = ["-" if g is None else f"{g[0]:+.1f} ({g[1]:+.1f} to {g[2]:+.1f})" for g in gaps]
+            lines.append([NAMES.get(policy, policy), *text])
+    if not lines:
+        return
+    yield "AirCache less each, in points, with the 95 % interval of a paired bootstrap:\n"
+    yield table(["less", *map(percent, retentions)], lines)
+
+
+def goals(scores: Scores) -> Iterator[str]:
+    """What the project wants of its own documents."""
+    gap = difference(scores, Setting.of("aircache", 0.1), Setting.of(FULL))
+    if gap is not None:
+        yield goal(
+            gap[0] >= -WITHIN_FULL,
+            f"AirCache at 10 % within {WITHIN_FULL:g} point of the full cache ({gap[0]:+.1f})",
+        )
+    for r in (0.1, 0.05, 0.01):
+        contest = [Setting.of(p, r) for p in POLICIES if scores.has(Setting.of(p, r))]
+        samples = scores.common(contest)
+        if Setting.of("aircache", r) not in contest or len(contest) < 2 or not samples:
+            continue
+        reached = {setting.policy: scores.score(setting, samples) or 0.0 for setting in contest}
+        ours = reached.pop("aircache")
+        best = max(reached, key=lambda policy: reached[policy])
+        yield goal(
+            ours >= reached[best],
+            f"AirCache first, or level, of {len(contest)} policies at {percent(r)} "
+            f"({ours:.1f}, the best other is {NAMES.get(best, best)} with {reached[best]:.1f})",
+        )
+    gap = difference(scores, Setting.of("aircache", 0.01), Setting.of("snapkv", 0.01))
+    if gap is not None:
+        yield goal(
+            gap[0] >= ABOVE_SNAPKV,
+            f"AirCache at 1 % at least {ABOVE_SNAPKV} points above SnapKV ({gap[0]:+.1f})",
+        )
+
+
+def mean_table(scores: Scores, name: str, title: str, text: str) -> Iterator[str]:
+    """The mean of a number that answers may carry, by policy and retention."""
+    retentions = [r for r in scores.retentions(POLICIES) if r < 1]
+    lines = []
+    for policy in POLICIES:
+        texts = []
+        for r in retentions:
+            rows = scores.of(Setting.of(policy, r)).values()
+            values = [row[name] for row in rows if row.get(name) is not None]
+            texts.append(f"{statistics.fmean(values):.4f} ({len(values)})" if values else "-")
+        if set(texts) != {"-"}:
+            lines.append([NAMES.get(policy, policy), *texts])
+    if lines:
+        yield f"### {title}\n\n{text} In brackets the answers that have it.\n"
+        yield table(["policy", *map(percent, retentions)], lines)
+
+
+def divergence_table(scores: Scores) -> Iterator[str]:
+    yield from mean_table(
+        *(scores, "divergence", "How far the next token's distribution moves"),
+        "Jensen-Shannon divergence in bits from the full cache's, over the tokens after the first "
+        "until the answers part.",
+    )
+
+
+def mass_table(scores: Scores) -> Iterator[str]:
+    yield from mean_table(
+        *(scores, "visual_mass", "Attention mass"),
+        "The share of the elite window's attention to the picture that the kept tokens carry.",
+    )
+
+
+def rank_table(scores: Scores) -> Iterator[str]:
+    """Figure 4."""
+    of = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
+    settings = [setting for row in of.values() for setting in row]
+    samples = scores.common(settings)
+    if not samples:
+        return
+    yield f"### One visual token a layer, by its rank (figure 4), {len(samples)} samples\n"
+    lines = [
+        [NAMES[policy], *(cell(scores.score(setting, samples)) for setting in row)]
+        for policy, row in of.items()
+        if any(map(scores.has, row))
+    ]
+    yield table(["policy", *map(str, RANKS)], lines)
+
+
+def ablation_tables(scores: Scores) -> Iterator[str]:
+    def settings(values: Sequence[Any], make: Callable[[Any, float], Setting]) -> Any:
+        return lambda r: [(f"{value}", make(value, r)) for value in values]
+
+    def heads(retention: float) -> Labelled:
+        return [
+            (
+                f"elite {e}, selection {s}",
+                Setting.of("aircache", retention, elite=e, **rare(selection=s)),
+            )
+            for e in ("per-head", "shared")
+            for s in ("per-head", "shared")
+        ]
+
+    parts: list[tuple[str, str, str, Callable[[float], Labelled]]] = [
+        (
+            *("Observation window (table 5)", "table5", "window "),
+            settings(WINDOWS, lambda w, r: Setting.of("aircache", r, window=w)),
+        ),
+        (
+            *("Layer budgets (table 5)", "table5", "budget "),
+            settings(BUDGETS, lambda b, r: Setting.of("aircache", r, budget=b)),
+        ),
+        (
+            *("Share merged instead of dropped (table 11)", "table11", ""),
+            settings([f"{m:g}" for m in MERGED], lambda m, r: merged(float(m), r)),
+        ),
+        (
+            *("Relevance threshold (table 12)", "table12", ""),
+            settings(ALPHAS, lambda a, r: Setting.of("aircache", r, alpha=a)),
+        ),
+        ("Heads, which the paper leaves open", "", "", heads),
+    ]
+    for title, name, prefix, make in parts:
+        yield from knob_table(scores, title, name, prefix, make)
+    yield from cross_table(scores)
+
+
+def merged(share: float, retention: float) -> Setting:
+    return Setting.of("aircache", retention, **rare(merge=share))
+
+
+def knob_table(
+    scores: Scores, title: str, name: str, prefix: str, make: Callable[[float], Labelled]
+) -> Iterator[str]:
+    """A line a value: its score where a retention has at least two values, and the paper's."""
+    columns: dict[float, tuple[Labelled, list[str]]] = {}
+    for r in scores.retentions(["aircache"]):
+        labelled = make(r)
+        if r < 1 and sum(scores.has(setting) for _, setting in labelled) > 1:
+            columns[r] = labelled, scores.common([setting for _, setting in labelled])
+    if not columns:
+        return
+    labels = [label for label, _ in next(iter(columns.values()))[0]]
+    lines = []
+    for label in labels:
+        line = [label]
+        for labelled, samples in columns.values():
+            line.append(cell(scores.score(dict(labelled)[label], samples)))
+        if name:
+            ours = label in ("elite", "aircache")
+            row = "aircache" if ours else prefix + label
+            line += [cell(of_paper(name, row, r)) for r in LOW if paper_has(name, r)]
+        lines.append(line)
+    yield f"### {title}\n"
+    yield ", ".join(f"{percent(r)}: {len(s)} samples" for r, (_, s) in columns.items()) + ".\n"
+    head = ["", *map(percent, columns)]
+    if name:
+        head += [f"paper, {percent(r)}" for r in LOW if paper_has(name, r)]
+    yield table(head, lines)
+
+
+def paper_has(name: str, retention: float) -> bool:
+    return any(f"{retention:g}" in row for row in PAPER[name].values())
+
+
+def cross_table(scores: Scores) -> Iterator[str]:
+    for r in scores.retentions(["aircache"]):
+        cells = {
+            (w, b): Setting.of("aircache", r, window=w, budget=b) for w in WINDOWS for b in BUDGETS
+        }
+        if not all(map(scores.has, cells.values())):
+            continue
+        samples = scores.common(cells.values())
+        yield f"### Every window with every budget at {percent(r)}, {len(samples)} samples\n"
+        lines = [[w, *(cell(scores.score(cells[w, b], samples)) for b in BUDGETS)] for w in WINDOWS]
+        yield table(["window", *BUDGETS], lines)
+
+
+def budget_table(scores: Scores) -> Iterator[str]:
+    """Table 13, from the layer budgets that the answers report."""
+    lines = []
+    for one, other in (("uniform", "strength"), ("uniform", "skewness"), ("strength", "skewness")):
+        line = [f"{one}, {other}"]
+        for r in LOW:
+            pair = [Setting.of("aircache", r, budget=name) for name in (one, other)]
+            sides = [scores.of(setting) for setting in pair]
+            bits = [
+                metrics.jensen_shannon(sides[0][s]["layer_budgets"], sides[1][s]["layer_budgets"])
+                for s in scores.common(pair)
+                if all("layer_budgets" in side.get(s, {}) for side in sides)
+            ]
+            line += [cell(statistics.fmean(bits) if bits else None, 4)]
+            line += [cell(of_paper("table13", f"{one} {other}", r), 2)]
+        lines.append(line)
+    if all(line[1] == line[3] == "-" for line in lines):
+        return
+    yield "### Divergence between layer budgets (table 13)\n"
+    yield "Mean Jensen-Shannon divergence in bits of the budgets as distributions over layers.\n"
+    yield table(["", *(head for r in LOW for head in (percent(r), f"paper, {percent(r)}"))], lines)
+
+
+def pruning_table(scores: Scores) -> Iterator[str]:
+    retentions = [r for r in scores.retentions(PRUNING) if r < 1]
+    if not retentions:
+        return
+    policies = (*PRUNING, "aircache")
+    settings = [Setting.of(policy, r) for policy in policies for r in retentions]
+    samples = scores.common([Setting.of(FULL), *settings])
+    yield f"### Token pruning (table 4), {len(samples)} samples\n"
+    yield (
+        "FastV, FasterVLM and the IVTP-style method drop visual tokens before or within the "
+        "prefill, in Transformers: the prefill is cheaper, and its answers' first token differs "
+        "too. The paper's figures are ChartQA's.\n"
+    )
+    head = ["", *map(percent, retentions), *(f"paper, {percent(r)}" for r in retentions)]
+    lines = []
+    for policy in (FULL, *policies):
+        of = [Setting.of(FULL) if policy == FULL else Setting.of(policy, r) for r in retentions]
+        paper = [PAPER["table4"][policy].get(f"{r:g}", {}).get("ChartQA") for r in retentions]
+        figures = [scores.score(setting, samples) for setting in of]
+        lines.append([NAMES[policy], *map(cell, figures), *map(cell, paper)])
+    yield table(head, lines)
+
+
+def checks(rows: Sequence[Row]) -> Iterator[str]:
+    """What a reader must know before believing a table."""
+    stray = [
+        row
+        for row in rows
+        if row["key"]["setting"]["policy"] in POLICIES
+        and row["key"]["setting"]["retention"] < 1
+        and "columns" not in row
+    ]
+    if stray:
+        yield f"**{len(stray)} answers were to be compressed and were not.**\n"
+
+
+def curve(path: Path, name: str, scores: Scores) -> Iterator[Path]:
+    """Score over retention, a line a policy."""
+    lines = {}
+    for policy in POLICIES:
+        settings = [Setting.of(policy, r) for r in scores.retentions([policy]) if r < 1]
+        samples = scores.common(settings)
+        points = [(s.retention, scores.score(s, samples)) for s in settings if scores.has(s)]
+        if len(points) > 1:
+            lines[policy] = points
+    if lines:
+        label = "share of the visual KV that is kept"
+        yield plot(path.with_name(f"{path.stem}-{name}.png"), scores, lines, label, falling=True)
+
+
+def ranks(path: Path, name: str, scores: Scores) -> Iterator[Path]:
+    """Score over the rank of the one token that is kept, a line a policy."""
+    settings = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
+    samples = scores.common(setting for row in settings.values() for setting in row)
+    lines = {
+        policy: [
+            (rank + 1, scores.score(setting, samples))
+            for rank, setting in zip(RANKS, row, strict=True)
+            if scores.has(setting)
+        ]
+        for policy, row in settings.items()
+        if any(map(scores.has, row))
+    }
+    if lines:
+        label = "rank of the one token a layer that is kept"
+        yield plot(path.with_name(f"{path.stem}-{name}-ranks.png"), scores, lines, label)
+
+
+def plot(
+    picture: Path,
+    scores: Scores,
+    lines: dict[str, list[tuple[float, float | None]]],
+    label: str,
+    *,
+    falling: bool = False,
+) -> Path:
+    """Lines over a logarithmic axis, and the full cache's level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    full = scores.score(Setting.of(FULL), list(scores.of(Setting.of(FULL))))
+    if full is not None:
+        axis.axhline(full, color="gray", linestyle="--", label=NAMES[FULL])
+    for policy, points in lines.items():
+        width = 2.5 if policy == "aircache" else 1.2
+        axis.plot(*zip(*points, strict=True), "o-", lw=width, label=NAMES.get(policy, policy))
+    axis.set_xscale("log")
+    if falling:
+        axis.invert_xaxis()
+    axis.set_xlabel(label)
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    return picture
+
+
+def header(path: Path, runs: Sequence[Row], rows: Sequence[Row]) -> str:
+    names = ("model", "weights", "version", "sglang", "torch", "device", "git", "command")
+    used = {row["run"] for row in rows}
+    seen = [run for run in runs if run["run"] in used]
+    lines = [f"{len(rows)} answers in `{relative(path)}`.\n"]
+    for name in names:
+        values = "; ".join(dict.fromkeys(str(run[name]) for run in seen))
+        lines.append(f"- {name}: {values}")
+    return "\n".join(lines) + "\n"
+
+
+def relative(path: Path) -> Path:
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+
+
+def sections(path: Path, page: Path) -> Iterator[str]:
+    runs, rows = read(path)
+    yield header(path, runs, rows)
+    for name in dict.fromkeys(row["key"]["dataset"] for row in rows):
+        of_set = [row for row in rows if row["key"]["dataset"] == name]
+        scores = Scores(of_set)
+        yield f"## Data set `{name}`, {', '.join(sorted({row['metric'] for row in of_set}))}\n"
+        yield from checks(of_set)
+        yield from policy_tables(scores, of_set)
+        for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
+            yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
+        yield from ablation_tables(scores)
+        yield from rank_table(scores)
+        yield from divergence_table(scores)
+        yield from mass_table(scores)
+        yield from budget_table(scores)
+        yield from pruning_table(scores)
+
+
+def report(path: Path, page: Path = PAGE) -> None:
+    """Write the tables between the marks of `page`, the plots beside `path`, and print the tables.
+
+    Raises:
+        ValueError: no results, or a page without the marks.
+    """
+    if not path.is_file():
+        raise ValueError(f"no results in {path}: run first")
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} must have {BEGIN} and, after it, {END}")
+    text = "\n".join(sections(path, page))
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    print(text)

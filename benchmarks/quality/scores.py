@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a data set by setting: totals, the samples that settings share, differences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.quality import metrics
+from benchmarks.quality.settings import Setting
+from benchmarks.records import Row, identity
+
+
+class Scores:
+    """The rows of one data set by setting and sample."""
+
+    def __init__(self, rows: Iterable[Row], kind: str | None = None) -> None:
+        self._rows: dict[str, dict[str, Row]] = {}
+        self._settings: dict[str, Row] = {}
+        for row in rows:
+            key = row["key"]
+            if kind is None or key["kind"] == kind:
+                setting = identity(key["setting"])
+                self._settings[setting] = key["setting"]
+                self._rows.setdefault(setting, {})[key["sample"]] = row
+
+    def has(self, setting: Setting) -> bool:
+        return identity(setting.key()) in self._rows
+
+    def of(self, setting: Setting) -> dict[str, Row]:
+        return self._rows.get(identity(setting.key()), {})
+
+    def retentions(self, policies: Sequence[str]) -> list[float]:
+        """Those of plain settings of the policies, falling."""
+        found = {
+            setting["retention"]
+            for setting in self._settings.values()
+            if setting["policy"] in policies and len(setting) == 2
+        }
+        return sorted(found, reverse=True)
+
+    def common(self, settings: Iterable[Setting]) -> list[str]:
+        """The samples that every setting with any row has answered, so that they compare."""
+        answered = [self.of(setting).keys() for setting in settings if self.has(setting)]
+        first = answered[0] if answered else ()
+        return [sample for sample in first if all(sample in others for others in answered)]
+
+    def score(self, setting: Setting, samples: Sequence[str]) -> float | None:
+        """In per cent (MME: its own sum); None without rows."""
+        rows = self.of(setting)
+        return total([rows[sample] for sample in samples]) if rows and samples else None
+
+
+def total(rows: Sequence[Row]) -> float:
+    """The data set's figure: of groups the mean of the least, MME's acc + acc+ over tasks."""
+    if rows[0]["metric"] == "yes_no":
+        tasks: dict[str, dict[str, list[float]]] = {}
+        for row in rows:
+            tasks.setdefault(row["key"]["kind"], {}).setdefault(row["group"], []).append(
+                row["score"]
+            )
+        return metrics.mme_score(tasks)
+    return 100 * statistics.fmean(by_group(rows).values())
+
+
+def by_group(rows: Iterable[Row]) -> dict[str, float]:
+    groups: dict[str, float] = {}
+    for row in rows:
+        groups[row["group"]] = min(row["score"], groups.get(row["group"], 1.0))
+    return groups
+
+
+def difference(scores: Scores, one: Setting, other: Setting) -> tuple[float, float, float] | None:
+    """one - other in points and its 95 % interval: a paired bootstrap over groups, seed 0."""
+    samples = scores.common([one, other])
+    if not (samples and scores.has(one) and scores.has(other)):
+        return None
+    sides = [by_group(scores.of(setting)[s] for s in samples) for setting in (one, other)]
+    gaps = np.array([100 * (sides[0][group] - sides[1][group]) for group in sides[0]])
+    draws = np.random.default_rng(0).integers(0, len(gaps), (2000, len(gaps)))
+    low, high = np.percentile(gaps[draws].mean(axis=1), (2.5, 97.5))
+    return float(gaps.mean()), float(low), float(high)

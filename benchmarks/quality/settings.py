@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: a policy, a retention and knobs; and the grids of the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# The order of the paper's table 1, then the other policies.
+POLICIES = (
+    *("h2o", "elastic", "prefixkv", "snapkv", "aircache"),
+    *("pyramidkv", "vlcache", "streaming", "random"),
+)
+PRUNING = ("fastv", "fastervlm", "ivtp")
+FULL, SERVER = "none", "server"
+RETENTIONS = (0.5, 0.1, 0.05, 0.02, 0.01)
+ALPHAS = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+MERGED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")
+BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")
+RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compares
+ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
+LOW = (0.1, 0.01)  # what the paper's ablations are run at
+# Sent with every request of AirCache, so that the server's flags do not matter.
+DEFAULTS = {"alpha": 0.9, "budget": "aircache", "elite": "per-head", "window": "elite"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of answering.
+
+    policy: of the server; "none" is the full cache, "server" asks for nothing, so that any server
+        answers as it was started; or one of PRUNING.
+    knobs: overrides that differ from AirCache's defaults, sorted, so that equal settings are equal.
+    """
+
+    policy: str
+    retention: float = 1.0
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, policy: str, retention: float = 1.0, **knobs: Any) -> Setting:
+        if not 0 < retention <= 1:
+            raise ValueError(f"retention must be in (0, 1], got {retention}")
+        if policy in (FULL, SERVER) and (retention != 1 or knobs):
+            raise ValueError(f"policy {policy} takes no retention and no knobs")
+        kept = {k: v for k, v in knobs.items() if policy != "aircache" or v != DEFAULTS.get(k)}
+        return cls(policy, retention, tuple(sorted(kept.items())))
+
+    def overrides(self) -> dict[str, Any] | None:
+        """The request's `custom_params.aircache`; None for nothing."""
+        if self.policy == SERVER:
+            return None
+        if self.policy == FULL:
+            return {"retention": 1.0}
+        base = {"policy": self.policy, "retention": self.retention, "min_visual_tokens": 1}
+        return base | (DEFAULTS if self.policy == "aircache" else {}) | unfrozen(self.knobs)
+
+    def key(self) -> dict[str, Any]:
+        """For a result row: as plain JSON."""
+        return {"policy": self.policy, "retention": self.retention, **unfrozen(self.knobs)}
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the server must have compressed the answer."""
+        return self.policy not in (FULL, SERVER, *PRUNING) and self.retention < 1
+
+
+def unfrozen(knobs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Knobs as a request writes them; an `ablation` is an object of its own."""
+    return {name: dict(value) if name == "ablation" else value for name, value in knobs}
+
+
+def rare(**knobs: Any) -> dict[str, Any]:
+    """Knobs of `ablation`, without those that have AirCache's default; as arguments of `of`.
+
+    A rank stays, 0 too: it is of figure 4 alone.
+    """
+    default = {"merge": 0.0, "selection": "per-head"}
+    kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
+    return {"ablation": kept} if kept else {}
+
+
+def product(policies: Sequence[str], retentions: Sequence[float], **knobs: Any) -> list[Setting]:
+    """Every policy at every retention; the full cache and `server` once."""
+    return [
+        Setting.of(policy) if policy in (FULL, SERVER) else Setting.of(policy, retention, **knobs)
+        for policy in policies
+        for retention in (retentions[:1] if policy in (FULL, SERVER) else retentions)
+    ]
+
+
+def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None) -> list[Setting]:
+    """The settings of a named grid, the full cache first, in the order in which they are asked.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    low = retentions or LOW
+    # A server that is not ours has no full cache to ask for.
+    full = [] if set(policies) == {SERVER} else [Setting.of(FULL)]
+    if name == "table1":
+        return full + product(policies, retentions or RETENTIONS)
+    if name == "table4":
+        return full + product((*PRUNING, "aircache"), retentions or (0.5, 0.1, 0.01))
+    if name == "table5":
+        windows = [Setting.of("aircache", r, window=w) for r in low for w in WINDOWS]
+        budgets = [Setting.of("aircache", r, budget=b) for r in low for b in BUDGETS]
+        return full + windows + budgets
+    if name == "cross":
+        return full + [
+            Setting.of("aircache", r, window=w, budget=b)
+            for r in low
+            for w in WINDOWS
+            for b in BUDGETS
+        ]
+    if name == "heads":
+        return full + [
+            Setting.of("aircache", r, elite=e, **rare(selection=s))
+            for r in low
+            for e in ("per-head", "shared")
+            for s in ("per-head", "shared")
+        ]
+    if name == "table11":
+        return full + [Setting.of("aircache", r, **rare(merge=m)) for r in low for m in MERGED]
+    if name == "table12":
+        return full + [Setting.of("aircache", r, alpha=a) for r in low for a in ALPHAS]
+    if name == "table13":
+        return full + [
+            Setting.of("aircache", r, budget=b)
+            for r in low
+            for b in ("uniform", "strength", "skewness")
+        ]
+    if name == "figure4":
+        ranked = [policy for policy in policies if policy in RANKED]
+        return full + [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for p in ranked for k in RANKS]
+    if name == "curve":
+        shares = retentions or (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+        return full + product(("aircache", "random"), shares)
+    raise ValueError(f"the grid must be one of {', '.join(GRIDS)}, got {name!r}")
+
+
+GRIDS = {
+    "table1": "policies at 50, 10, 5, 2 and 1 %",
+    "table4": "pruning before or within the prefill against AirCache",
+    "table5": "observation windows, then layer budgets",
+    "table11": "merging a share of what is dropped",
+    "table12": "the relevance threshold alpha",
+    "table13": "how far the layer budgets lie apart",
+    "figure4": "one visual token a layer, by its rank",
+    "curve": "AirCache and random selection over the retention",
+    "heads": "elite window and selection, each per head or shared by the heads",
+    "cross": "every window with every budget",
+}
