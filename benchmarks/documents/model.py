@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 }
 EMBEDDING_STD = 0.1
 IGNORED = -100
-GUIDED_FROM = 2  # layer; those below see too little of the question
+GUIDED_FROM = 3  # layer; those below see too little of the question
 KEEP_EVERYTHING = 0.3  # share of the questions whose answers see the whole page
 GUIDED_TOKENS = 5  # <|im_end|> to the end: whatever the wording, the question is known
 
