@@ -55,7 +55,9 @@ class Setting:
             return None
         if self.policy == FULL:
             return {"retention": 1.0}
-        base = {"policy": self.policy, "retention": self.retention, "min_visual_tokens": 1}
+        base: dict[str, Any] = {"policy": self.policy, "retention": self.retention}
+        # However few tokens the picture and the answer have.
+        base |= {"min_visual_tokens": 1, "gate": "off"}
         return base | (DEFAULTS if self.policy == "aircache" else {}) | unfrozen(self.knobs)
 
     def key(self) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def test_a_question_and_its_answer(endpoint: Endpoint) -> None:
                 "policy": "snapkv",
                 "retention": 0.05,
                 "min_visual_tokens": 1,
+                "gate": "off",
                 "window": "last-16",
             }
         },

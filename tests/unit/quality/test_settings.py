@@ -29,7 +29,7 @@ def test_a_default_is_no_knob() -> None:
     assert PLAIN.key() == {"policy": "aircache", "retention": 0.1}
     server = AirCacheConfig()
     assert {name: getattr(server, name) for name in DEFAULTS} == DEFAULTS
-    assert PLAIN.overrides() == {**PLAIN.key(), "min_visual_tokens": 1, **DEFAULTS}
+    assert PLAIN.overrides() == {**PLAIN.key(), "min_visual_tokens": 1, "gate": "off", **DEFAULTS}
 
 
 def test_rare_knobs_are_one_object() -> None:
