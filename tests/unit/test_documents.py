@@ -183,8 +183,8 @@ def test_a_warm_start_from_nowhere_is_refused(
     assert "none holds no model" in capsys.readouterr().err
 
 
-def guided(drop: int | None) -> tuple[documents_model.Batch, torch.Tensor, documents_model.Guide]:
-    """A batch of 2 pages x 3 questions, which of its prefix is visual, its guide."""
+def guided(drop: int | None) -> tuple[torch.Tensor, documents_model.Guide]:
+    """Of a batch of 2 pages x 3 questions: which of its prefix is visual, and its guide."""
     batch = documents_model.Batch(
         pages=np.zeros((2, 1, 3 * CELL, 16 * CELL, 3), dtype=np.uint8),
         text=torch.zeros(2, 3, 9, dtype=torch.long),
@@ -194,14 +194,14 @@ def guided(drop: int | None) -> tuple[documents_model.Batch, torch.Tensor, docum
     batch.targets[:, :, 6:] = 1
     batch.evidence[:, :, 20:23] = True
     visual = torch.tensor([False] * 3 + [True] * 48 + [False])
-    return batch, visual, documents_model.Guide(batch, visual, drop)
+    return visual, documents_model.Guide(batch, visual, drop)
 
 
 @pytest.mark.parametrize("layer", [0, documents_model.GUIDED_FROM])
 def test_only_answers_miss_cells_and_never_their_evidence(layer: int) -> None:
     hidden = torch.zeros(52)
     for seed in range(20):
-        batch, visual, guide = guided(seed)
+        visual, guide = guided(seed)
         seen = guide(torch.zeros(2, 2, 3, 2, 9, 52), layer)
         gone = seen.isinf()
         # Row 6 is the prompt's last token: it draws the answer's first.
@@ -213,14 +213,14 @@ def test_only_answers_miss_cells_and_never_their_evidence(layer: int) -> None:
     others = [i for i in range(3, 51) if not 23 <= i < 26]
     assert 0.3 < hidden[others].mean() / 20 < 0.7
     assert (hidden[23:26].mean() / 20 > 0.3) == (layer < documents_model.GUIDED_FROM)
-    _, _, guide = guided(None)
+    _, guide = guided(None)
     assert not guide(torch.zeros(2, 2, 3, 2, 9, 52), layer).isinf().any()
 
 
 def test_the_loss_is_least_where_attention_is_on_the_evidence() -> None:
     losses = []
     for strength in (0.0, 4.0):
-        _, _, guide = guided(None)
+        _, guide = guided(None)
         logits = torch.zeros(2, 2, 3, 2, 9, 52)
         logits[..., 3 + 20 : 3 + 23] = strength
         guide(logits, documents_model.GUIDED_FROM)
