@@ -38,7 +38,7 @@ from benchmarks.documents.model import (
     write_untrained,
 )
 from benchmarks.documents.pages import BLANK, CHARACTERS, Sheet, render
-from benchmarks.documents.questions import KINDS, LARGE, Layout, document
+from benchmarks.documents.questions import KINDS, Layout, document
 
 READING_STEPS = 2500
 SHARPNESS = 8.0  # of the characters' logits: about 20 where an embedding is exact
@@ -58,10 +58,7 @@ GROUNDING = 0.2  # weight of the grounding loss
 FIRST = 4.0  # weight of an answer's first token in the loss
 
 LADDER: dict[str, tuple[Layout, ...]] = {
-    **{
-        kind: (*(Layout(kind, rows, 16) for rows in (4, 8, 16)), LARGE[kind])
-        for kind in ("value", "line")
-    },
+    **{kind: tuple(Layout(kind, rows, 16) for rows in (4, 8, 16)) for kind in ("value", "line")},
     "cell": (
         Layout("cell", 4, 16),  # one column
         Layout("cell", 4, 17),  # two
