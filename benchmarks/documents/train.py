@@ -48,7 +48,7 @@ READING_PAGES = ((4, 4), (4, 4), (4, 4), (4, 4), (16, 16))
 RATE = 1e-3
 WARMUP = 100
 DECAY = 0.25  # the last share of the steps, over which the rate falls to nothing
-ADVANCE = 0.75  # exact match, of the last batches, at which a kind's pages grow
+ADVANCE = 0.6  # exact match, of the last batches, at which a kind's pages grow
 WATCHED = 12  # batches
 TOKENS = 2800  # of a batch, about
 QUESTIONS = 16
@@ -146,8 +146,9 @@ def rate(step: int, steps: int) -> float:
 
 
 def choose(progress: Progress, generator: Any) -> Layout:
-    """A layout for the next batch: any kind, mostly at its current level."""
-    kind = KINDS[generator.integers(len(KINDS))]
+    """A layout for the next batch: kinds that are behind come more often, as do current levels."""
+    behind = np.array([1.2 - mean(progress.recent[kind], 0.5) for kind in KINDS])
+    kind = KINDS[generator.choice(len(KINDS), p=behind / behind.sum())]
     level = progress.levels[kind]
     if level and generator.random() < 0.2:
         level = int(generator.integers(level))
