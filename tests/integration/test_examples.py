@@ -54,7 +54,7 @@ def test_batch_caption(checkpoint: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "pictures", tmp_path / "captions.jsonl"
     folder.mkdir()
     for number in (1, 2, 3):
-        invoice(number, columns=20, rows=30).save(folder / f"{number}.png")
+        invoice(number, rows=24).image().save(folder / f"{number}.png")
     (folder / "notes.txt").write_text("not a picture")
     # A run that was cut off has left one row and half of another.
     done = json.dumps({"picture": "1.png", "caption": "known", "aircache": None})
@@ -67,7 +67,7 @@ def test_batch_caption(checkpoint: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["picture"] for row in rows] == ["1.png", "2.png", "3.png"]
     assert rows[0]["caption"] == "known"
-    assert [row["aircache"]["columns"] for row in rows[1:]] == [60, 60]
+    assert [row["aircache"]["columns"] for row in rows[1:]] == [38, 38]
     assert all(row["caption"] for row in rows)
     # Starts no engine.
     assert "3 pictures, 3 of them already captioned" in run(*arguments)
@@ -76,20 +76,20 @@ def test_batch_caption(checkpoint: Path, tmp_path: Path) -> None:
 def test_frontend_program(aircache_server: Server, tmp_path: Path) -> None:
     pictures = [tmp_path / f"{number}.png" for number in (1, 2)]
     for number, picture in enumerate(pictures):
-        invoice(number, columns=20, rows=30).save(picture)
+        invoice(number, rows=24).image().save(picture)
     printed = run(
         *("examples.frontend_program", aircache_server.url, *map(str, pictures)),
         *("--template", "qwen2-vl", "--tokens", "8"),
     )
     for picture in pictures:
-        assert f"{picture}, title (30/600 visual slots kept): " in printed
-        assert f"{picture}, figures (300/600 visual slots kept): " in printed
+        assert f"{picture}, title (19/384 visual slots kept): " in printed
+        assert f"{picture}, figures (192/384 visual slots kept): " in printed
 
 
 def test_overrides_of_a_frontend_program(aircache_server: Server, tmp_path: Path) -> None:
     """As an argument of the program: one value a run of a batch, streamed and not."""
     picture = tmp_path / "invoice.png"
-    invoice(columns=20, rows=30).save(picture)
+    invoice(rows=24).image().save(picture)
 
     @sglang.function
     def describe(s: Any, aircache: Any = None) -> None:
@@ -100,10 +100,10 @@ def test_overrides_of_a_frontend_program(aircache_server: Server, tmp_path: Path
     wanted: list[dict[str, Any]] = [{"aircache": {"retention": r}} for r in (0.5, 0.05, 1)]
     states = describe.run_batch([*wanted, {}], backend=backend)
     reports = [state.get_meta_info("answer")["aircache"] for state in states]
-    assert [report and report["columns"] for report in reports] == [300, 30, None, 60]
+    assert [report and report["columns"] for report in reports] == [192, 19, None, 38]
     streamed = describe.run(**wanted[1], backend=backend, stream=True)
     assert "".join(streamed.text_iter("answer")) == states[1]["answer"]
-    assert streamed.get_meta_info("answer")["aircache"]["columns"] == 30
+    assert streamed.get_meta_info("answer")["aircache"]["columns"] == 19
     with pytest.warns(UserWarning, match="Error in stream_executor"):
         failed = describe.run(aircache={"retention": 2}, backend=backend)
         failed.sync()
