@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 # Nothing here downloads a model, and compiling the rotary embedding on a CPU costs more than it gives.
 OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
+# Tiny models: a second thread spends its time waiting for the first.
+TEST := $(OFFLINE) OMP_NUM_THREADS=1
 PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 
@@ -22,11 +24,11 @@ dev: ## create the environment, about 11 GB and 7 minutes the first time
 	@echo "Ready: source .venv/bin/activate"
 
 test: test-unit ## unit tests, then real servers on this machine's CPU
-	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
 
 test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
-	@$(PYTHON); $(OFFLINE) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu" $(ARGS)
-	@$(PYTHON); $(OFFLINE) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(ARGS)
+	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu" $(ARGS)
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(ARGS)
 
 test-gpu: ## the tests that need an NVIDIA GPU
 	@$(PYTHON); HF_HUB_OFFLINE=1 "$$python" -m pytest tests -m gpu $(ARGS)
