@@ -482,7 +482,8 @@ def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
     assert order == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
 
 
-def test_only_the_tokens_that_are_scored_are_computed_anew() -> None:
+def test_the_instruction_alone_is_computed_anew() -> None:
+    """Whatever the window: the attention mass is measured with all of it."""
     world = World()
     ids = (*HEAD, *CAT, 3, 4, 5)
     hits = []
@@ -493,7 +494,7 @@ def test_only_the_tokens_that_are_scored_are_computed_anew() -> None:
         assert run_prefill(world, req)
         world.release(req, checkpoint=True)
         world.check()
-    assert hits == [0, len(ids) - INSTRUCTION, len(ids) - 1]
+    assert hits == [0, len(ids) - INSTRUCTION, len(ids) - INSTRUCTION]
 
 
 def test_follow_up_extends_the_replica() -> None:
