@@ -48,7 +48,7 @@ def write_untrained(folder: Path) -> None:
     texts = [re.sub(r"\{[a-z]+\}", " ", t) for kind in TEMPLATES.values() for t in kind]
     words = sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})
     bare = sorted({re.findall(r"[a-z]+", text)[0] for text in texts} | {"user", "assistant"})
-    make_qwen2_vl(folder, words=tuple(words), bare_words=tuple(bare), **SHAPE)
+    make_qwen2_vl(folder, words=tuple(words), bare_words=tuple(bare), dtype="float16", **SHAPE)
 
 
 def load(folder: Path) -> tuple[Qwen2VLForConditionalGeneration, Any]:
