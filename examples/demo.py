@@ -28,10 +28,11 @@ from tests.support import Server, ServerError
 # Code on the invoice, and how it is asked for.
 QUESTIONS = {
     "SUM": "what is the value of SUM?",
-    "DAY": "find DAY and copy the value beside it",
     "REF": "please look up REF",
-    "TEL": "which value belongs to TEL?",
+    "ACC": "find ACC and copy the value beside it",
+    "BUY": "which value belongs to BUY?",
 }
+NUMBER = 4  # of the invoice
 RETENTIONS = (1.0, 0.5, 0.1)
 WATCHED_TOKENS = 32
 TOKENS = 16
@@ -179,7 +180,7 @@ def selection_picture(page: Image.Image, report: dict[str, Any]) -> Image.Image:
 
 def run(picture: Path, say: Progress) -> bool:
     """Everything between the parsed arguments and the verdict on retention 1."""
-    page = invoice()
+    page = invoice(NUMBER)
     rows, columns = page.sheet.shape
     picture.parent.mkdir(parents=True, exist_ok=True)
     found = []

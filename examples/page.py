@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from benchmarks.documents.pages import LETTERS, Sheet, render
+from benchmarks.documents.pages import ALPHABET, Sheet, render
 
 WIDTH = 16  # cells of one entry: a code of three, a blank, a value of five to eleven
 
@@ -30,17 +30,15 @@ def invoice(number: int = 1, *, rows: int = 16, blocks: int = 1) -> Invoice:
     if rows < 8 or blocks < 1:
         raise ValueError(f"an invoice needs at least 8 rows and 1 block, got {rows} and {blocks}")
     pick = np.random.default_rng(number)
-    facts = {
-        "REF": f"N{20000 + number}",
-        "DAY": f"202611{pick.integers(10, 28)}",
-        "TEL": f"0{pick.integers(10**8, 10**9)}",
-    }
+
+    def serial(length: int) -> str:
+        return "".join(ALPHABET[i] for i in pick.choice(len(ALPHABET), length, replace=False))
+
+    facts = {"REF": serial(8), "ACC": serial(10), "BUY": serial(7)}
     net = 0
     while len(facts) < rows * blocks - 3:
-        price = int(pick.integers(10, 900))
-        facts.setdefault(
-            f"{LETTERS[pick.integers(len(LETTERS))]}{pick.integers(10, 100)}", f"{price}EUR"
-        )
+        article, price = serial(3), int(pick.integers(10, 900))
+        facts.setdefault(article, f"{price}EUR")
         net += price
     facts |= {"NET": f"{net}EUR", "TAX": f"{net // 5}EUR", "SUM": f"{net + net // 5}EUR"}
     entries = [f"{code} {value}".ljust(WIDTH) for code, value in facts.items()]
