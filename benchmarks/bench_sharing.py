@@ -20,7 +20,6 @@ import random
 import shlex
 import sys
 import tempfile
-import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import RESULTS, Row, provenance
+from tests.support import LoadWatch, Server
 
 POOL = 4096
 PICTURE_SIDE = 20  # 400 visual tokens
@@ -39,33 +39,6 @@ FLAGS = (
     *("--max-running-requests", "64", "--enable-cache-report"),
     *("--load-snapshot-publish-interval", "1"),
 )
-
-
-class Load:
-    """The most requests that a server held at once, asked for every 50 ms."""
-
-    def __init__(self, server: Any) -> None:
-        self.most = 0
-        self._server = server
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        import requests
-
-        with requests.Session() as session:
-            session.trust_env = False
-            while not self._stop.wait(0.05):
-                load = session.get(self._server.url + "/v1/loads", timeout=60).json()["loads"][0]
-                self.most = max(self.most, load["num_running_reqs"])
 
 
 class Workload:
@@ -92,7 +65,7 @@ class Workload:
         """hit_tokens: of prompts, in the cache; prefilled_tokens: the others."""
         self.server.flush_cache()
         self.started = time.perf_counter()
-        with Load(self.server) as load:
+        with LoadWatch(self.server, interval=0.05) as load:
             work(self)
         seconds = time.perf_counter() - self.started
         hits = sum(row["cached_tokens"] for row in self.rows)
@@ -107,7 +80,7 @@ class Workload:
             "hit_tokens": hits,
             "hit_tokens_text": hits - visual,
             "prefilled_tokens": prompts - hits,
-            "held_at_once": load.most,
+            "held_at_once": load.most("num_running_reqs"),
             "output_tokens_per_second": round(generated / seconds, 1),
             "seconds": round(seconds, 2),
         }
@@ -248,7 +221,6 @@ def measure(parts: Sequence[str], write: Callable[[Row, Row], None]) -> None:
     if not chosen:
         return
     from tests.factories import make_qwen2_vl
-    from tests.support import Server
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_qwen2_vl(Path(folder) / "model")

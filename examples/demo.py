@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageEnhance
 from benchmarks.documents.model import CHECKPOINT
 from benchmarks.documents.pages import CELL
 from examples.page import Invoice, invoice
-from tests.support import Server, ServerError
+from tests.support import LoadWatch, Server, ServerError
 
 # Code on the invoice, and how it is asked for.
 QUESTIONS = {
@@ -66,33 +66,6 @@ class Progress:
         print(f"[{time.monotonic() - self._started:5.1f} s] {text}", flush=True)
 
 
-class KvWatch:
-    """Reads, while a request runs, how many KV tokens the server counts as in use."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self.samples: list[int] = []
-
-    def __enter__(self) -> KvWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._stop.wait(0.02):
-            try:
-                load = self._server.get("/v1/loads")["loads"][0]
-            except (ServerError, OSError):
-                return  # the request itself will say what is wrong
-            if load["num_running_reqs"]:
-                self.samples.append(load["num_used_tokens"])
-
-
 def ask(server: Server, name: str, page: Invoice, overrides: dict[str, Any] | None) -> Row:
     """Ask every question on `page`, one after the other, on an empty cache."""
     row, picture = Row(name), page.image()
@@ -109,7 +82,7 @@ def ask(server: Server, name: str, page: Invoice, overrides: dict[str, Any] | No
         row.reports.append(meta.get("aircache"))
         row.token_seconds.append(1 / meta["decode_throughput"])
     # Once more, watched: the reading would disturb the timings.
-    with KvWatch(server) as watch:
+    with LoadWatch(server, interval=0.02) as watch:
         server.chat(
             QUESTIONS["SUM"],
             images=[picture],
@@ -117,10 +90,11 @@ def ask(server: Server, name: str, page: Invoice, overrides: dict[str, Any] | No
             ignore_eos=True,
             **fields,
         )
-    if not watch.samples:
+    in_use = [load["num_used_tokens"] for load in watch.loads() if load["num_running_reqs"]]
+    if not in_use:
         raise ServerError(f"no reading of the KV tokens in use, {name}")
     # The last one is of the decode: until the prefill ends it holds all visual slots.
-    row.kv_in_use = watch.samples[-1]
+    row.kv_in_use = in_use[-1]
     return row
 
 

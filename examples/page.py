@@ -25,10 +25,10 @@ class Invoice:
         return Image.fromarray(render(self.sheet, np.random.default_rng(len(self.facts))))
 
 
-def invoice(number: int = 1, *, rows: int = 16, blocks: int = 1) -> Invoice:
-    """A page of `rows` x `16 * blocks` visual tokens, full of entries; all follows `number`."""
-    if rows < 8 or blocks < 1:
-        raise ValueError(f"an invoice needs at least 8 rows and 1 block, got {rows} and {blocks}")
+def invoice(number: int = 1, *, rows: int = 16) -> Invoice:
+    """A page of `rows` x 16 visual tokens, full of entries; all follows `number`."""
+    if rows < 8:
+        raise ValueError(f"an invoice needs at least 8 rows, got {rows}")
     pick = np.random.default_rng(number)
 
     def serial(length: int) -> str:
@@ -36,14 +36,12 @@ def invoice(number: int = 1, *, rows: int = 16, blocks: int = 1) -> Invoice:
 
     facts = {"REF": serial(8), "ACC": serial(10), "BUY": serial(7)}
     net = 0
-    while len(facts) < rows * blocks - 3:
+    while len(facts) < rows - 3:
         article, price = serial(3), int(pick.integers(10, 900))
         facts.setdefault(article, f"{price}EUR")
         net += price
     facts |= {"NET": f"{net}EUR", "TAX": f"{net // 5}EUR", "SUM": f"{net + net // 5}EUR"}
     entries = [f"{code} {value}".ljust(WIDTH) for code, value in facts.items()]
-    bold = np.zeros((rows, WIDTH * blocks), dtype=np.bool_)
-    for block in range(blocks):
-        bold[:, block * WIDTH : block * WIDTH + 3] = True
-    lines = ("".join(entries[row::rows]) for row in range(rows))
-    return Invoice(Sheet(tuple(lines), bold), facts)
+    bold = np.zeros((rows, WIDTH), dtype=np.bool_)
+    bold[:, :3] = True
+    return Invoice(Sheet(tuple(entries), bold), facts)

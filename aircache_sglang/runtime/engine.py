@@ -7,7 +7,7 @@ import dataclasses
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -215,10 +215,6 @@ class Compressor:
             # SGLang drops the inputs of a finished request.
             req.aircache_bare_spans = known
         return known
-
-    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
-        """What a replica must have been packed with to be extended."""
-        return intent.config.variant()
 
     def decline(self, req: Any, reason: str) -> None:
         """Serve this life of a request uncompressed after all."""

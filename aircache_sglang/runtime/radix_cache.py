@@ -11,7 +11,6 @@ goes below the replica when it is finished, and the next turn extends both.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
@@ -37,9 +36,6 @@ class Requests(Protocol):
 
     def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
         """Placeholders that a key needs in place of the prompt's own tokens, by position."""
-
-    def variant(self, intent: Intent) -> tuple[Hashable, ...]:
-        """What a replica must have been packed with to be extended."""
 
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The visual slots of a compressed request have been given back."""
@@ -69,7 +65,7 @@ class AirCacheRadixCache(SpanTree):
             found = self.match_packed(
                 key,
                 prompt.start,
-                self.requests.variant(intent),
+                intent.config.variant(),
                 prompt.end,
                 with_selection=intent.config.return_selection,
             )
@@ -176,7 +172,7 @@ class AirCacheRadixCache(SpanTree):
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         assert record.budgets is not None, "a replica of a request whose pass has not run"
         replica = Replica(
-            self.requests.variant(record.intent),
+            record.intent.config.variant(),
             record.intent,
             torch.cat([record.extra, row[prompt.end : prompt.length].to(torch.int64)]),
             record.budgets,

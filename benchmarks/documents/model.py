@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoTokenizer, Qwen2VLForConditiona
 from benchmarks.documents.pages import CELL, CHARACTERS, render
 from benchmarks.documents.questions import TEMPLATES, Document, wording
 from tests.factories import make_qwen2_vl
+from tests.factories.qwen2_vl import IMAGE_MEAN, IMAGE_STD
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Both sides of M-RoPE get high frequencies (which cell) and the width low ones (which content).
@@ -106,9 +107,8 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
     decoder = model.model.language_model
     for name, weight in model.named_parameters():
         if weight.ndim < 2:
-            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            if name.endswith("ln_q.weight"):
-                weight.fill_(1.0)
+            scales = ("norm" in name or "ln_q" in name) and name.endswith("weight")
+            weight.fill_(1.0 if scales else 0.0)
         else:
             weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
     decoder.embed_tokens.weight.normal_(0, EMBEDDING_STD, generator=generator)
@@ -165,8 +165,7 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
 
 def patches(pages: np.ndarray) -> torch.Tensor:
     """Pixels [B, H, W, 3] uint8 as the processor's patches, [B * cells * 4, 3 * 2 * 14 * 14]."""
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073))
-    std = torch.tensor((0.26862954, 0.26130258, 0.27577711))
+    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     pixels = (torch.from_numpy(pages).float() / 255 - mean) / std
     b, h, w, _ = pixels.shape
     p = CELL // 2
@@ -188,10 +187,9 @@ def see(model: Qwen2VLForConditionalGeneration, pages: np.ndarray) -> torch.Tens
 class Batch:
     """Documents of one layout, each with several questions that do not see each other.
 
-    pages: uint8 [B, pages, H, W, 3]; prefix: the tokens before, between and after the pages;
-    text: int64 [B, Q, T] questions and answers, padded; targets: int64 [B, Q, T], IGNORED
-    outside the answers, already shifted; evidence: bool [B, Q, cells of all pages], where the
-    answer stands.
+    pages: uint8 [B, pages, H, W, 3]; text: int64 [B, Q, T] questions and answers, padded;
+    targets: int64 [B, Q, T], IGNORED outside the answers, already shifted; evidence: bool
+    [B, Q, cells of all pages], where the answer stands.
     """
 
     pages: np.ndarray
@@ -341,37 +339,35 @@ def branch_attention(
     q, key = query.float().view(b, h, group, s, d) * scaling, key.float()
     k, v = key[:, :, :prefix], value[:, :, :prefix]
 
-    def above(n: int) -> torch.Tensor:
-        return torch.ones(n, n, dtype=torch.bool).triu(1)
-
-    def weights(scores: torch.Tensor) -> torch.Tensor:
-        return scores.softmax(-1).to(value.dtype)
-
     def logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             return queries @ keys.transpose(-1, -2)
 
-    first = logits(q[..., :prefix, :].reshape(b, h, group * prefix, d), k)
-    first = first.view(b, h, group, prefix, prefix).masked_fill(above(prefix), -torch.inf)
-    first = weights(first).view(b, h, group * prefix, prefix) @ v
+    with torch.autocast("cpu", enabled=False):
+        first = functional.scaled_dot_product_attention(
+            query[:, :, :prefix].float(),
+            k,
+            v.float(),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        ).to(value.dtype)
     # [B, H_kv, branch, group * T, D]: a branch's keys serve all queries of the group.
     own_q = q[..., prefix:, :].reshape(b, h, group, branches, length, d).transpose(2, 3)
     own_k = key[:, :, prefix:].reshape(b, h, branches, length, d)
     own_v = value[:, :, prefix:].reshape(b, h, branches, length, d)
     shared = logits(own_q.reshape(b, h, -1, d), k)
     own = logits(own_q.reshape(b, h, branches, group * length, d), own_k)
-    own = own.view(b, h, branches, group, length, length).masked_fill(above(length), -torch.inf)
+    above = torch.ones(length, length, dtype=torch.bool).triu(1)
+    own = own.view(b, h, branches, group, length, length).masked_fill(above, -torch.inf)
     shared = guide(shared.view(b, h, branches, group, length, prefix), module.layer_idx)
     scores = torch.cat((shared.view(b, h, -1, prefix), own.view(b, h, -1, length)), -1)
-    to_prefix, to_own = weights(scores).split((prefix, length), -1)
+    to_prefix, to_own = scores.softmax(-1).to(value.dtype).split((prefix, length), -1)
     second = to_prefix @ v
     own = to_own.reshape(b, h, branches, group * length, length) @ own_v
     second = second + own.view(b, h, -1, d)
-    second = second.view(b, h, branches, group, length, d).transpose(2, 3)
-    whole = torch.cat(
-        (first.view(b, h, group, prefix, d), second.reshape(b, h, group, -1, d)), dim=3
-    )
-    return whole.view(b, h_q, s, d).transpose(1, 2), None
+    second = second.view(b, h, branches, group, length, d).transpose(2, 3).reshape(b, h_q, -1, d)
+    return torch.cat((first, second), 2).transpose(1, 2), None
 
 
 def answer_logits(

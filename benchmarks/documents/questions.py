@@ -18,6 +18,7 @@ from benchmarks.documents.pages import ALPHABET, LETTERS, Sheet, render
 
 KINDS = ("value", "line", "cell", "page")
 _HELD_OUT = 8  # one answer in so many is the evaluation's
+_REPEATS = 0.3  # share of training's answers in which a character comes again, beside chance
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "value": (
@@ -125,9 +126,18 @@ class _Writer:
         return "".join(letters[i] for i in self.random.integers(len(letters), size=length))
 
     def answer(self, low: int, high: int) -> str:
-        """A string of `low` to `high` characters on the right side of the checksum."""
+        """A string of `low` to `high` characters on the right side of the checksum.
+
+        Training repeats characters more often than chance does: they are the hard ones to read on
+        from. The evaluation does not.
+        """
         while True:
             text = self.string(ALPHABET, int(self.random.integers(low, high + 1)))
+            if not self._held_out and self.random.random() < _REPEATS:
+                at = int(self.random.integers(1, len(text)))
+                # Every second one follows itself.
+                first = at - 1 if self.random.random() < 0.5 else int(self.random.integers(at))
+                text = text[:at] + text[first] + text[at + 1 :]
             if (zlib.crc32(text.encode()) % _HELD_OUT == 0) == self._held_out:
                 return text
 

@@ -38,7 +38,7 @@ from benchmarks.documents.model import (
     write_untrained,
 )
 from benchmarks.documents.pages import BLANK, CHARACTERS, Sheet, render
-from benchmarks.documents.questions import KINDS, Layout, document
+from benchmarks.documents.questions import KINDS, LARGE, Layout, document
 
 READING_STEPS = 2500
 SHARPNESS = 8.0  # of the characters' logits: about 20 where an embedding is exact
@@ -47,7 +47,8 @@ READING_RATE = 2e-3
 READING_PAGES = ((4, 4), (4, 4), (4, 4), (4, 4), (16, 16))
 RATE = 1e-3
 WARMUP = 100
-DECAY = 0.25  # the last share of the steps, over which the rate falls to nothing
+DECAY = 0.25
+LARGE_PAGES = 0.2  # share of batches with pages of 1,024 tokens, once a kind's pages are full
 ADVANCE = 0.6  # exact match, of the last batches, at which a kind's pages grow
 WATCHED = 12  # batches
 TOKENS = 2800  # of a batch, about
@@ -140,9 +141,12 @@ def learn_to_read(model: Any, tokenizer: Any, steps: int, seed: int, say: Log) -
             say(phase="reading", step=step + 1, of=steps, loss=loss.item(), characters=right)
 
 
-def rate(step: int, steps: int) -> float:
-    """Learning rate: warm-up, constant, linear to zero."""
-    return RATE * min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
+def learning_rates(steps: int, highest: float, decay: float) -> list[float]:
+    """Of each step: warm-up, constant, linear to zero over the last share `decay` of the steps."""
+    return [
+        highest * min(1.0, (step + 1) / WARMUP, (steps - step) / (decay * steps))
+        for step in range(steps)
+    ]
 
 
 def choose(progress: Progress, generator: Any) -> Layout:
@@ -150,6 +154,8 @@ def choose(progress: Progress, generator: Any) -> Layout:
     behind = np.array([1.2 - mean(progress.recent[kind], 0.5) for kind in KINDS])
     kind = KINDS[generator.choice(len(KINDS), p=behind / behind.sum())]
     level = progress.levels[kind]
+    if kind in LARGE and level == len(LADDER[kind]) - 1 and generator.random() < LARGE_PAGES:
+        return LARGE[kind]
     if level and generator.random() < 0.2:
         level = int(generator.integers(level))
     return LADDER[kind][level]
@@ -164,14 +170,14 @@ def learn_to_answer(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    steps: int,
+    rates: Sequence[float],
     seed: int,
     keep: Callable[[], None],
     say: Log,
     stopped: Callable[[], bool],
 ) -> None:
-    """Train the decoder from `progress.step` to `steps`."""
-    decoder = model.model.language_model
+    """Train the decoder from `progress.step` on, one step for each of `rates`."""
+    decoder, steps = model.model.language_model, len(rates)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     window: dict[str, collections.deque[tuple[float, float]]] = {
         kind: collections.deque(maxlen=50) for kind in KINDS
@@ -185,7 +191,7 @@ def learn_to_answer(
         questions = min(QUESTIONS, max(6, len(documents[0].asks)))
         batch = make_batch(documents, questions, layout.kind, tokenizer, generator)
         for group in optimizer.param_groups:
-            group["lr"] = rate(progress.step, steps)
+            group["lr"] = rates[progress.step]
         drop = int(generator.integers(2**31))
         logits, targets, guide = answer_logits(
             model, batch, tokenizer, dtype=torch.bfloat16, drop=drop
@@ -219,7 +225,7 @@ def learn_to_answer(
                 step=progress.step,
                 of=steps,
                 seconds=round(progress.seconds),
-                rate=rate(progress.step - 1, steps),
+                rate=rates[progress.step - 1],
                 loss={
                     kind: round(mean([x for x, _ in w], math.nan), 3) for kind, w in window.items()
                 },
@@ -279,7 +285,7 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
             tokenizer,
             optimizer,
             progress,
-            arguments.steps,
+            learning_rates(arguments.steps, arguments.rate, arguments.decay),
             arguments.seed,
             keep,
             log,
@@ -310,6 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="state of the run")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
+    parser.add_argument(
+        "--decay", type=float, default=DECAY, help="share of the steps over which it falls"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     parser.add_argument(
@@ -318,6 +328,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if not arguments.rate > 0:
+        parser.error(f"--rate must be positive, got {arguments.rate}")
+    if not 0 < arguments.decay <= 1:
+        parser.error(f"--decay must be above 0 and at most 1, got {arguments.decay}")
     start = arguments.warm_start
     if start is not None and not (start / "model.safetensors").is_file():
         parser.error(f"{start} holds no model")

@@ -22,8 +22,7 @@ from benchmarks.records import Results, Row
 from benchmarks.report import Cells, goal, setting, table
 from benchmarks.throughput.plan import COMMON, INSTRUCTION_TOKENS, Cell, Preset
 from benchmarks.throughput.run import servers
-from benchmarks.throughput.watch import LoadWatch
-from tests.support import Client, ServerError
+from tests.support import Client, LoadWatch, ServerError
 
 SETTINGS = (None, 0.5, 0.1)
 BURST = math.inf
@@ -40,11 +39,11 @@ class Load:
     ttft of the time to the first token, tpot of the time per output token.
     """
 
-    pictures: int = 8
-    picture_tokens: int = 1024
-    tokens: int = 256
-    prompts: int = 24
-    rate: float = 0.125
+    pictures: int = 32
+    picture_tokens: int = 256
+    tokens: int = 128
+    prompts: int = 20
+    rate: float = 0.25
     ttft: float = 30.0
     tpot: float = 1.0
 
@@ -54,13 +53,14 @@ class Load:
 
 
 # A request is a few hundred kilobytes of KV here: what counts is that they are tokens of a pool,
-# and a small model prefills 8192 of them in a second or two on a CPU.
+# and a small model prefills 8192 of them in seconds on a CPU. Pictures and chunks are small: there
+# a chunk costs the vision tower the square of all its patches.
 PRESET = Preset(
     "capacity",
     {"layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "vision_depth": 1},
     (
         *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "28672"),
-        *("--context-length", "16384", "--chunked-prefill-size", "4096"),
+        *("--context-length", "16384", "--chunked-prefill-size", "512"),
         *("--max-running-requests", "64", *COMMON),
     ),
     batches=(1,),

@@ -19,8 +19,7 @@ from PIL import Image
 
 from benchmarks.records import Row
 from benchmarks.throughput.plan import INSTRUCTION_TOKENS, Cell, Preset
-from benchmarks.throughput.watch import LoadWatch
-from tests.support import Client, Server, ServerError, png_data_url
+from tests.support import Client, LoadWatch, Server, ServerError, png_data_url
 from tests.support.prompts import words
 
 TOKEN_PIXELS = 28

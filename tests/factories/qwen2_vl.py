@@ -23,6 +23,8 @@ PATCH = 14
 MERGE = 2
 PIXELS_PER_TOKEN = PATCH * MERGE  # per side: a picture of h x w gives (h / 28) * (w / 28) tokens
 VISION_HEADS = 2
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, of OpenAI's CLIP
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -178,8 +180,8 @@ def make_qwen2_vl(
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
         "max_pixels": max_pixels,
         "merge_size": MERGE,
         "min_pixels": min_pixels,

@@ -3,43 +3,18 @@
 
 from __future__ import annotations
 
-import pytest
+import importlib
 
-from tests.unit.kernels import (
-    test_budgets,
-    test_decode,
-    test_extend,
-    test_flashinfer_tables,
-    test_packing,
-    test_scoring,
-    test_selection,
-)
+import pytest
 
 # hypothesis tests take no fixture, so that the skip has to come from here
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
-for _module in (
-    test_budgets,
-    test_decode,
-    test_extend,
-    test_flashinfer_tables,
-    test_packing,
-    test_scoring,
-    test_selection,
-):
-    # prefixed by their file: several files have a test of the same name
-    _prefix = _module.__name__.rpartition(".")[2]
-    for _name, _test in list(vars(_module).items()):
-        if _name.startswith("test_") and callable(_test):
-            globals()[f"{_prefix}_{_name.removeprefix('test_')}"] = _test
+MODULES = ("budgets", "decode", "extend", "flashinfer_tables", "packing", "scoring", "selection")
 
-# the modules themselves are no tests
-del (
-    test_budgets,
-    test_decode,
-    test_extend,
-    test_flashinfer_tables,
-    test_packing,
-    test_scoring,
-    test_selection,
-)
+for _module in MODULES:
+    _tests = vars(importlib.import_module(f"tests.unit.kernels.test_{_module}"))
+    for _name, _test in _tests.items():
+        if _name.startswith("test_") and callable(_test):
+            # the file's name too: several files have a test of the same name
+            globals()[f"test_{_module}_{_name.removeprefix('test_')}"] = _test

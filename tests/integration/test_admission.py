@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.bench_sharing import wait_for
-from benchmarks.throughput.watch import LoadWatch
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import Server
+from tests.support import LoadWatch, Server
 from tests.support.prompts import Prompt, picture, user_prompt, words
 
 pytestmark = pytest.mark.server

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from tests.support.load import LoadWatch
 from tests.support.server import Client, Server, ServerError, png_data_url
 
-__all__ = ["Client", "Server", "ServerError", "png_data_url"]
+__all__ = ["Client", "LoadWatch", "Server", "ServerError", "png_data_url"]

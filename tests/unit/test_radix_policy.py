@@ -151,9 +151,6 @@ class World:
     def bare_spans(self, req: Request) -> list[tuple[int, list[int]]]:
         return req.bare
 
-    def variant(self, intent: Intent) -> tuple[Any, ...]:
-        return intent.config.variant()
-
     def released(self, req: Request, record: CompressionRecord) -> None:
         self.counts["released"] += 1
 
@@ -212,7 +209,7 @@ class World:
         self.rows.write((row, slice(begin, end)), slots.to(torch.int32))
         req.kv.kv_allocated_len = req.kv.kv_committed_len = end
         record = self.record(req)
-        packed = None if record is None else self.variant(record.intent)
+        packed = None if record is None else record.intent.config.variant()
         for position, slot in zip(range(begin, end), slots.tolist(), strict=True):
             self.label[slot] = (packed, req.everything[: position + 1])
         return True
@@ -235,7 +232,7 @@ class World:
         )
         self.records[row] = record
         for j, slot in enumerate(record.columns.tolist()):
-            self.label[slot] = ("column", self.variant(intent), req.prompt, j)
+            self.label[slot] = ("column", intent.config.variant(), req.prompt, j)
         if intent.n_copies:
             between = originals[prompt.between_positions()]
             for source, slot in zip(between.tolist(), record.copies.tolist(), strict=True):
@@ -268,7 +265,7 @@ class World:
             for position in range(length):
                 assert self.label[row[position]] == (None, ids[: position + 1])
             return
-        prompt, variant = record.intent.prompt, self.variant(record.intent)
+        prompt, variant = record.intent.prompt, record.intent.config.variant()
         for position in range(prompt.start):
             assert self.label[row[position]] == (None, ids[: position + 1])
         m = record.intent.columns
