@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import sglang
 from PIL import Image
 from tqdm import tqdm
 
-from examples.engine_batch import answers
+from examples.engine_batch import answers, engine_of
 
 KINDS = {".jpeg", ".jpg", ".png", ".webp"}
 
@@ -77,27 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped, not a whole picture: {path}", file=sys.stderr)
     pictures = [path for path in pictures if path not in unreadable]
 
-    options = {} if arguments.device is None else {"device": arguments.device}
-    engine = sglang.Engine(
-        model_path=arguments.checkpoint,
-        kv_policy="aircache",
-        aircache_retention=arguments.retention,
-        **options,
-    )
-    try:
-        with arguments.out.open("a") as out, tqdm(total=len(pictures), unit="picture") as bar:
-            for batch in batches(pictures, arguments.batch):
-                found_answers = answers(
-                    engine, [str(path) for path in batch], arguments.question, arguments.tokens
-                )
-                for path, answer in zip(batch, found_answers, strict=True):
-                    report = answer["meta_info"]["aircache"]
-                    row = {"picture": path.name, "caption": answer["text"], "aircache": report}
-                    out.write(json.dumps(row) + "\n")
-                out.flush()
-                bar.update(len(batch))
-    finally:
-        engine.shutdown()
+    with (
+        engine_of(arguments.checkpoint, arguments.retention, arguments.device) as engine,
+        arguments.out.open("a") as out,
+        tqdm(total=len(pictures), unit="picture") as bar,
+    ):
+        for batch in batches(pictures, arguments.batch):
+            found_answers = answers(
+                engine, [str(path) for path in batch], arguments.question, arguments.tokens
+            )
+            for path, answer in zip(batch, found_answers, strict=True):
+                report = answer["meta_info"]["aircache"]
+                row = {"picture": path.name, "caption": answer["text"], "aircache": report}
+                out.write(json.dumps(row) + "\n")
+            out.flush()
+            bar.update(len(batch))
     return 1 if unreadable else 0
 
 

@@ -9,14 +9,28 @@ Add `--device cpu` on a machine whose GPU must not be used.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sglang
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = "<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@contextlib.contextmanager
+def engine_of(checkpoint: str, retention: float, device: str | None) -> Iterator[sglang.Engine]:
+    """An engine that compresses; shut down at the end."""
+    options = {} if device is None else {"device": device}
+    engine = sglang.Engine(
+        model_path=checkpoint, kv_policy="aircache", aircache_retention=retention, **options
+    )
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
 
 
 def answers(
@@ -40,17 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="SGLang's --device")
     arguments = parser.parse_args(argv)
 
-    options = {} if arguments.device is None else {"device": arguments.device}
-    engine = sglang.Engine(
-        model_path=arguments.checkpoint,
-        kv_policy="aircache",
-        aircache_retention=arguments.retention,
-        **options,
-    )
-    try:
+    with engine_of(arguments.checkpoint, arguments.retention, arguments.device) as engine:
         found = answers(engine, arguments.pictures, arguments.question, arguments.tokens)
-    finally:
-        engine.shutdown()
     for picture, answer in zip(arguments.pictures, found, strict=True):
         report = answer["meta_info"]["aircache"]
         if report is None:

@@ -190,6 +190,7 @@ class Compressor:
         if peak + 2 * self.pool.page_size >= self.pool.size:
             return "pool_too_small"
         lo, hi = prompt.instruction
+        text, visual = config.observed()
         # A replica serves later turns too, whose answers nobody knows.
         if (
             config.gate == "auto"
@@ -197,7 +198,7 @@ class Compressor:
             and not pays_off(
                 prompt.n_visual,
                 m,
-                min(hi - lo, config.scoring_window()[0]),
+                min(hi - lo, text) + min(prompt.n_visual, visual),
                 params.max_new_tokens,
             )
         ):

@@ -8,15 +8,15 @@ visual token in all layers. docs/performance.md has the rows that the constants 
 from __future__ import annotations
 
 # Cost of the pass (benchmarks/compression_pass.py), rounded up: per visual token, per visual token
-# and instruction token scored, and per column packed.
+# and token whose query scores it, and per column packed.
 SCAN_READS = 2.0
 SCORE_READS = 0.04
 PACK_READS = 3.0
 
 
-def pass_reads(n_visual: int, n_columns: int, n_instruction: int) -> float:
+def pass_reads(n_visual: int, n_columns: int, n_queries: int) -> float:
     """What scoring, selecting and packing cost, in reads."""
-    return n_visual * (SCAN_READS + SCORE_READS * n_instruction) + n_columns * PACK_READS
+    return n_visual * (SCAN_READS + SCORE_READS * n_queries) + n_columns * PACK_READS
 
 
 def saved_reads(n_visual: int, n_columns: int, max_new_tokens: int) -> int:
@@ -24,11 +24,11 @@ def saved_reads(n_visual: int, n_columns: int, max_new_tokens: int) -> int:
     return (n_visual - n_columns) * (max_new_tokens - 1)
 
 
-def pays_off(n_visual: int, n_columns: int, n_instruction: int, max_new_tokens: int) -> bool:
+def pays_off(n_visual: int, n_columns: int, n_queries: int, max_new_tokens: int) -> bool:
     """Whether the answer can save what the pass costs.
 
-    n_columns: the slots that stay; n_instruction: instruction tokens whose queries are scored.
+    n_columns: the slots that stay; n_queries: tokens whose queries score the picture.
     """
     return saved_reads(n_visual, n_columns, max_new_tokens) >= pass_reads(
-        n_visual, n_columns, n_instruction
+        n_visual, n_columns, n_queries
     )

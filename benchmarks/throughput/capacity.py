@@ -83,6 +83,7 @@ def arguments(client: Client, load: Load, model: str, retention: float | None) -
         *("--image-resolution", f"{side}x{side}", "--num-prompts", str(load.prompts)),
         *("--random-input-len", str(INSTRUCTION_TOKENS), "--random-range-ratio", "1"),
         *("--random-output-len", str(load.tokens), "--warmup-requests", "0", "--disable-tqdm"),
+        "--output-details",
         *("--extra-request-body", json.dumps({"custom_params": overrides})),
     ]
 
@@ -113,7 +114,8 @@ def trial(
             raise ServerError(f"sglang.benchmark.serving ended with {done.returncode}\n{log}")
         found: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
     if found["completed"] != load.prompts:
-        raise ServerError(f"{found['completed']} of {load.prompts} requests were answered")
+        said = "; ".join({error.strip().splitlines()[-1] for error in found["errors"] if error})
+        raise ServerError(f"{found['completed']} of {load.prompts} requests were answered: {said}")
     return {
         "prompts": load.prompts,
         "tokens": load.tokens,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.factories.checkpoint import write_json
-from tests.factories.vocabulary import WORDS, build_tokenizer
+from tests.factories.vocabulary import SPECIAL_TOKENS, WORDS, build_tokenizer
 
 PATCH = 14
 MERGE = 2
@@ -212,6 +212,8 @@ def make_qwen2_vl(
         folder / "tokenizer_config.json",
         {
             "add_prefix_space": False,
+            # As published; SGLang's benchmark client keeps them out of its random texts.
+            "additional_special_tokens": list(SPECIAL_TOKENS),
             "clean_up_tokenization_spaces": False,
             "eos_token": "<|im_end|>",
             "model_max_length": max_position_embeddings,
