@@ -166,6 +166,8 @@ class Grid:
                 answer = self.ask(sample, setting)
             except RequestError as error:
                 self._fail(f"{sample.dataset} {sample.id}, {setting.policy}: {error}")
+                if self._compare and setting.policy == FULL:
+                    return  # rows without a divergence would never be asked again
                 continue
             self._in_a_row = 0
             if setting.policy == FULL:

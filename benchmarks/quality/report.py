@@ -21,11 +21,15 @@ from benchmarks.quality.settings import (
     MERGED,
     ONE_TOKEN,
     POLICIES,
+    POOLS,
     PRUNING,
     RANKED,
     RANKS,
+    SHORT_WINDOWS,
     WINDOWS,
     Setting,
+    current,
+    merged,
     rare,
 )
 from benchmarks.records import ROOT, Row
@@ -40,6 +44,13 @@ NAMES = {
     **{"snapkv": "SnapKV", "aircache": "AirCache", "pyramidkv": "PyramidKV", "vlcache": "VL-Cache"},
     **{"fastv": "FastV", "fastervlm": "FasterVLM", "ivtp": "IVTP"},
 }
+# Of figure 4: what, decimals, the rows' field.
+RANK_MEASURES = (
+    ("Score", 1, "score"),
+    ("Tokens in common with the full cache's answer, the prefill's first among them", 2, "same"),
+    ("Jensen-Shannon divergence in bits until the answers part", 4, "divergence"),
+    ("Attention mass", 4, "visual_mass"),
+)
 WITHIN_FULL, ABOVE_SNAPKV = 1.0, 6.5  # points; the project's goals
 
 Labelled = Sequence[tuple[str, Setting]]
@@ -177,20 +188,28 @@ def mass_table(scores: Scores) -> Iterator[str]:
     )
 
 
-def rank_table(scores: Scores) -> Iterator[str]:
-    """Figure 4."""
+def rank_tables(scores: Scores) -> Iterator[str]:
+    """Figure 4; what still tells ranks apart where no answer is right from one token."""
     of = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
     settings = [setting for row in of.values() for setting in row]
     samples = scores.common(settings)
     if not samples:
         return
     yield f"### One visual token a layer, by its rank (figure 4), {len(samples)} samples\n"
-    lines = [
-        [NAMES[policy], *(cell(scores.score(setting, samples)) for setting in row)]
-        for policy, row in of.items()
-        if any(map(scores.has, row))
-    ]
-    yield table(["policy", *map(str, RANKS)], lines)
+    for what, digits, name in RANK_MEASURES:
+        lines = []
+        for policy, row in of.items():
+            figures = [
+                scores.score(setting, samples)
+                if name == "score"
+                else scores.mean(setting, samples, name)
+                for setting in row
+            ]
+            if any(figure is not None for figure in figures):
+                lines.append([NAMES[policy], *(cell(figure, digits) for figure in figures)])
+        if lines:
+            yield f"{what}:\n"
+            yield table(["policy", *map(str, RANKS)], lines)
 
 
 def ablation_tables(scores: Scores) -> Iterator[str]:
@@ -210,7 +229,7 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
     parts: list[tuple[str, str, str, Callable[[float], Labelled]]] = [
         (
             *("Observation window (table 5)", "table5", "window "),
-            settings(WINDOWS, lambda w, r: Setting.of("aircache", r, window=w)),
+            settings((*SHORT_WINDOWS, *WINDOWS), lambda w, r: Setting.of("aircache", r, window=w)),
         ),
         (
             *("Layer budgets (table 5)", "table5", "budget "),
@@ -219,6 +238,14 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
         (
             *("Share merged instead of dropped (table 11)", "table11", ""),
             settings([f"{m:g}" for m in MERGED], lambda m, r: merged(float(m), r)),
+        ),
+        (
+            *("Share merged into the most similar keys", "", ""),
+            settings([f"{m:g}" for m in MERGED], lambda m, r: merged(float(m), r, "similar")),
+        ),
+        (
+            *("Width of SnapKV's pool", "", ""),
+            settings(POOLS, lambda k, r: Setting.of("snapkv", r, **rare(kernel=k))),
         ),
         (
             *("Relevance threshold (table 12)", "table12", ""),
@@ -231,16 +258,12 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
     yield from cross_table(scores)
 
 
-def merged(share: float, retention: float) -> Setting:
-    return Setting.of("aircache", retention, **rare(merge=share))
-
-
 def knob_table(
     scores: Scores, title: str, name: str, prefix: str, make: Callable[[float], Labelled]
 ) -> Iterator[str]:
     """A line a value: its score where a retention has at least two values, and the paper's."""
     columns: dict[float, tuple[Labelled, list[str]]] = {}
-    for r in scores.retentions(["aircache"]):
+    for r in scores.retentions(["aircache", "snapkv"]):
         labelled = make(r)
         if r < 1 and sum(scores.has(setting) for _, setting in labelled) > 1:
             columns[r] = labelled, scores.common([setting for _, setting in labelled])
@@ -352,33 +375,38 @@ def curve(path: Path, name: str, scores: Scores) -> Iterator[Path]:
             lines[policy] = points
     if lines:
         label = "share of the visual KV that is kept"
-        yield plot(path.with_name(f"{path.stem}-{name}.png"), scores, lines, label, falling=True)
+        full = scores.score(Setting.of(FULL), list(scores.of(Setting.of(FULL))))
+        yield plot(path.with_name(f"{path.stem}-{name}.png"), lines, label, full=full, falling=True)
 
 
 def ranks(path: Path, name: str, scores: Scores) -> Iterator[Path]:
-    """Score over the rank of the one token that is kept, a line a policy."""
+    """Tokens in common with the full cache over the rank of the one that is kept."""
     settings = {p: [Setting.of(p, ONE_TOKEN, **rare(rank=k)) for k in RANKS] for p in RANKED}
     samples = scores.common(setting for row in settings.values() for setting in row)
     lines = {
         policy: [
-            (rank + 1, scores.score(setting, samples))
+            (rank + 1, scores.mean(setting, samples, "same"))
             for rank, setting in zip(RANKS, row, strict=True)
             if scores.has(setting)
         ]
         for policy, row in settings.items()
-        if any(map(scores.has, row))
+        if any(scores.mean(setting, samples, "same") is not None for setting in row)
     }
     if lines:
-        label = "rank of the one token a layer that is kept"
-        yield plot(path.with_name(f"{path.stem}-{name}-ranks.png"), scores, lines, label)
+        picture = path.with_name(f"{path.stem}-{name}-ranks.png")
+        yield plot(
+            *(picture, lines, "rank of the one token a layer that is kept"),
+            height="tokens in common with the full cache",
+        )
 
 
 def plot(
     picture: Path,
-    scores: Scores,
     lines: dict[str, list[tuple[float, float | None]]],
     label: str,
     *,
+    height: str = "score",
+    full: float | None = None,
     falling: bool = False,
 ) -> Path:
     """Lines over a logarithmic axis, and the full cache's level."""
@@ -388,7 +416,6 @@ def plot(
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    full = scores.score(Setting.of(FULL), list(scores.of(Setting.of(FULL))))
     if full is not None:
         axis.axhline(full, color="gray", linestyle="--", label=NAMES[FULL])
     for policy, points in lines.items():
@@ -398,7 +425,7 @@ def plot(
     if falling:
         axis.invert_xaxis()
     axis.set_xlabel(label)
-    axis.set_ylabel("score")
+    axis.set_ylabel(height)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
@@ -425,6 +452,7 @@ def relative(path: Path) -> Path:
 
 def sections(path: Path, page: Path) -> Iterator[str]:
     runs, rows = read(path)
+    rows = [row for row in rows if current(row["key"]["setting"])]
     yield header(path, runs, rows)
     for name in dict.fromkeys(row["key"]["dataset"] for row in rows):
         of_set = [row for row in rows if row["key"]["dataset"] == name]
@@ -435,7 +463,7 @@ def sections(path: Path, page: Path) -> Iterator[str]:
         for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
             yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
-        yield from rank_table(scores)
+        yield from rank_tables(scores)
         yield from divergence_table(scores)
         yield from mass_table(scores)
         yield from budget_table(scores)

@@ -12,6 +12,8 @@ from benchmarks.quality import metrics
 from benchmarks.quality.settings import Setting
 from benchmarks.records import Row, identity
 
+PLAIN = {"policy", "retention", "revision"}  # the keys of a setting without knobs
+
 
 class Scores:
     """The rows of one data set by setting and sample."""
@@ -37,7 +39,7 @@ class Scores:
         found = {
             setting["retention"]
             for setting in self._settings.values()
-            if setting["policy"] in policies and len(setting) == 2
+            if setting["policy"] in policies and setting.keys() <= PLAIN
         }
         return sorted(found, reverse=True)
 
@@ -51,6 +53,16 @@ class Scores:
         """In per cent (MME: its own sum); None without rows."""
         rows = self.of(setting)
         return total([rows[sample] for sample in samples]) if rows and samples else None
+
+    def mean(self, setting: Setting, samples: Sequence[str], name: str) -> float | None:
+        """Of a number that rows may carry, over those of the samples that do."""
+        rows = self.of(setting)
+        values = [
+            rows[sample][name]
+            for sample in samples
+            if sample in rows and rows[sample].get(name) is not None
+        ]
+        return statistics.fmean(values) if values else None
 
 
 def total(rows: Sequence[Row]) -> float:

@@ -12,17 +12,21 @@ POLICIES = (
     *("h2o", "elastic", "prefixkv", "snapkv", "aircache"),
     *("pyramidkv", "vlcache", "streaming", "random"),
 )
+# Raised by whoever changes what a policy answers: rows of an older revision do not count any more.
+REVISIONS = {"elastic": 2, "prefixkv": 2, "pyramidkv": 2}
 PRUNING = ("fastv", "fastervlm", "ivtp")
 FULL, SERVER = "none", "server"
 RETENTIONS = (0.5, 0.1, 0.05, 0.02, 0.01)
 ALPHAS = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 MERGED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
-WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")
+WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")  # the paper's
+SHORT_WINDOWS = ("last-1", "last-5")
 BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compares
 ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
 LOW = (0.1, 0.01)  # what the paper's ablations are run at
+POOLS = (7, 1)
 # Sent with every request of AirCache, so that the server's flags do not matter.
 DEFAULTS = {"alpha": 0.9, "budget": "aircache", "elite": "per-head", "window": "elite"}
 
@@ -62,7 +66,13 @@ class Setting:
 
     def key(self) -> dict[str, Any]:
         """For a result row: as plain JSON."""
-        return {"policy": self.policy, "retention": self.retention, **unfrozen(self.knobs)}
+        revision = REVISIONS.get(self.policy, 1)
+        newer = {"revision": revision} if revision > 1 else {}
+        return {
+            **{"policy": self.policy, "retention": self.retention},
+            **newer,
+            **unfrozen(self.knobs),
+        }
 
     @property
     def compresses(self) -> bool:
@@ -76,13 +86,23 @@ def unfrozen(knobs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def rare(**knobs: Any) -> dict[str, Any]:
-    """Knobs of `ablation`, without those that have AirCache's default; as arguments of `of`.
+    """Knobs of `ablation`, without those that have their default; as arguments of `of`.
 
     A rank stays, 0 too: it is of figure 4 alone.
     """
-    default = {"merge": 0.0, "selection": "per-head"}
+    default = {"merge": 0.0, "selection": "per-head", "kernel": 7}
     kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
+
+
+def merged(share: float, retention: float, by: str = "position") -> Setting:
+    """AirCache with a share of the dropped tokens merged."""
+    return Setting.of("aircache", retention, **(rare(merge=share, merge_by=by) if share else {}))
+
+
+def current(setting: dict[str, Any]) -> bool:
+    """Whether a row's setting, see `Setting.key`, is of today's code."""
+    return bool(setting.get("revision", 1) == REVISIONS.get(setting["policy"], 1))
 
 
 def product(policies: Sequence[str], retentions: Sequence[float], **knobs: Any) -> list[Setting]:
@@ -108,7 +128,11 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
     if name == "table4":
         return full + product((*PRUNING, "aircache"), retentions or (0.5, 0.1, 0.01))
     if name == "table5":
-        windows = [Setting.of("aircache", r, window=w) for r in low for w in WINDOWS]
+        windows = [
+            Setting.of("aircache", r, window=w)
+            for r in retentions or RETENTIONS[1:]
+            for w in (*SHORT_WINDOWS, *WINDOWS)
+        ]
         budgets = [Setting.of("aircache", r, budget=b) for r in low for b in BUDGETS]
         return full + windows + budgets
     if name == "cross":
@@ -126,7 +150,12 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
             for s in ("per-head", "shared")
         ]
     if name == "table11":
-        return full + [Setting.of("aircache", r, **rare(merge=m)) for r in low for m in MERGED]
+        return full + [merged(share, r) for r in low for share in MERGED]
+    if name == "similar":
+        return full + [merged(share, r, "similar") for r in low for share in MERGED]
+    if name == "pooling":
+        shares = retentions or RETENTIONS
+        return full + [Setting.of("snapkv", r, **rare(kernel=k)) for r in shares for k in POOLS]
     if name == "table12":
         return full + [Setting.of("aircache", r, alpha=a) for r in low for a in ALPHAS]
     if name == "table13":
@@ -148,10 +177,12 @@ GRIDS = {
     "table1": "policies at 50, 10, 5, 2 and 1 %",
     "table4": "pruning before or within the prefill against AirCache",
     "table5": "observation windows, then layer budgets",
-    "table11": "merging a share of what is dropped",
+    "table11": "merging a share of what is dropped into the nearest kept tokens",
+    "similar": "table 11 with the most similar kept keys",
     "table12": "the relevance threshold alpha",
     "table13": "how far the layer budgets lie apart",
     "figure4": "one visual token a layer, by its rank",
+    "pooling": "SnapKV with and without its pool",
     "curve": "AirCache and random selection over the retention",
     "heads": "elite window and selection, each per head or shared by the heads",
     "cross": "every window with every budget",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.quality.client import Answer, RequestError
 from benchmarks.quality.datasets import Sample
 from benchmarks.quality.grid import FAILURES, Grid, Rows, read
-from benchmarks.quality.settings import FULL, Setting
+from benchmarks.quality.settings import FULL, REVISIONS, Setting, current
 from benchmarks.records import identity
 
 RUN = {"model": "a", "weights": None, "command": "test"}
@@ -159,6 +159,44 @@ def test_the_reference_is_asked_again_but_not_written_twice(tmp_path: Path) -> N
     run(path, server, compare=True)
     assert len(server.asked) == len(SAMPLES) * len(SETTINGS)
     assert set(asked_keys(path).values()) == {1}
+
+
+def test_a_sample_without_its_full_cache_is_left_to_the_next_run(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    pair = Answer("a", (("x", {"x": -0.1}), ("x", {"x": -0.1})), {}, 0)
+    failing = {"2", "4"}
+
+    def ask(sample: Sample, setting: Setting) -> Answer:
+        if sample.id in failing and setting.policy == FULL:
+            failing.remove(sample.id)
+            raise RequestError("once")
+        return pair
+
+    assert len(run(path, ask, compare=True).failed) == 2
+    rows = read(path)[1]
+    assert {row["key"]["sample"] for row in rows} == {"0", "1", "3", "5", "6"}
+    assert run(path, ask, compare=True).failed == []
+    rows = read(path)[1]
+    assert len(rows) == len(SAMPLES) * len(SETTINGS)
+    compared = [row for row in rows if row["key"]["setting"]["policy"] != FULL]
+    assert all(row["divergence"] == 0.0 for row in compared)
+
+
+def test_rows_of_an_older_revision_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    run(path, Server())
+    monkeypatch.setitem(REVISIONS, "snapkv", 2)
+    server = Server()
+    run(path, server)
+    assert {setting.policy for _, setting in server.asked} == {"snapkv"}
+    assert len(server.asked) == 2 * len(SAMPLES)
+    of_today = [row for row in read(path)[1] if current(row["key"]["setting"])]
+    assert len(of_today) == len(SAMPLES) * len(SETTINGS)
+    assert [row["run"] for row in of_today if row["key"]["setting"]["policy"] == "snapkv"] == (
+        [2] * len(server.asked)
+    )
 
 
 def test_progress_says_what_is_left(tmp_path: Path) -> None:

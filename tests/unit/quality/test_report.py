@@ -11,7 +11,16 @@ import pytest
 
 from benchmarks.quality.report import BEGIN, END, PAGE, PAPER, report
 from benchmarks.quality.scores import Scores, difference, total
-from benchmarks.quality.settings import FULL, ONE_TOKEN, POLICIES, PRUNING, Setting, grid, rare
+from benchmarks.quality.settings import (
+    FULL,
+    ONE_TOKEN,
+    POLICIES,
+    PRUNING,
+    RANKS,
+    Setting,
+    grid,
+    rare,
+)
 
 RUN = {
     "run": 1,
@@ -107,6 +116,8 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
             "table4",
             "table5",
             "table11",
+            "similar",
+            "pooling",
             "table12",
             "table13",
             "heads",
@@ -122,6 +133,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
             layer_budgets=budgets.get(dict(setting.knobs).get("budget", ""), [5, 3]),
             visual_mass=0.75,
             divergence=0.125,
+            same=3,
         )
         for setting in sorted(settings, key=str)
         for kind in ("value", "line")
@@ -133,6 +145,8 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
         "Observation window (table 5)",
         "Layer budgets (table 5)",
         "Share merged instead of dropped (table 11)",
+        "Share merged into the most similar keys",
+        "Width of SnapKV's pool",
         "Relevance threshold (table 12)",
         "Heads, which the paper leaves open",
         "Every window with every budget at 10 %, 4 samples",
@@ -144,7 +158,12 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
     ):
         assert f"### {heading}" in text
     assert "Kind `line`, 2 samples" in text
-    assert "| all | 100.0 | 100.0 | 63.3 |" in text  # (72.2 + 58.4 + 65.7 + 57.0) / 4
+    # (72.2 + 58.4 + 65.7 + 57.0) / 4; the windows are asked at four retentions, the paper's at 1 %
+    assert "| all | 100.0 | 100.0 | 100.0 | 100.0 | 63.3 |" in text
+    assert "| last-1 | 100.0 | 100.0 | 100.0 | 100.0 | - |" in text
+    ranked = text.partition("(figure 4)")[2]
+    for figure in ("100.0", "3.00", "0.1250", "0.7500"):
+        assert f"| AirCache |{f' {figure} |' * len(RANKS)}" in ranked
     assert "| uniform, strength | 0.0488 | 0.55 | 0.0488 | 0.58 |" in text
     assert "| uniform, skewness | 0.0000 | 0.54 |" in text
     assert "| FastV | 100.0 | 100.0 | 100.0 | 73.6 | 47.7 | 16.9 |" in text
@@ -153,6 +172,15 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
     for name in ("rows-ours", "rows-ours-ranks"):
         assert f"![{name}]({name}.png)" in text
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_an_older_revision_are_left_out(tmp_path: Path) -> None:
+    rows = [row(AIR, 0, 1.0), row(Setting.of("elastic", 0.01), 0, 1.0)]
+    rows.append(row(Setting.of("prefixkv", 0.01), 0, 1.0))
+    del rows[-1]["key"]["setting"]["revision"]
+    text = printed(tmp_path, rows)
+    assert "2 answers in" in text and "| Elastic Cache | 100.0 |" in text
+    assert "| PrefixKV | 100.0 |" not in text
 
 
 def test_an_answer_that_was_not_compressed_is_said(tmp_path: Path) -> None:

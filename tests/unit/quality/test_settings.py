@@ -11,9 +11,12 @@ from benchmarks.quality.settings import (
     DEFAULTS,
     FULL,
     GRIDS,
+    MERGED,
     PRUNING,
+    REVISIONS,
     SERVER,
     Setting,
+    current,
     grid,
     rare,
 )
@@ -59,7 +62,7 @@ def test_grids(name: str) -> None:
     retentions = {setting.retention for setting in settings[1:]}
     assert len(retentions) == 1 and (retentions == {0.2} or name == "figure4")
     allowed = {"curve": ("aircache", "random"), "table1": POLICIES, "figure4": POLICIES}
-    allowed["table4"] = (*PRUNING, "aircache")
+    allowed |= {"table4": (*PRUNING, "aircache"), "pooling": ("snapkv",)}
     assert {s.policy for s in settings[1:]} <= {*allowed.get(name, ("aircache",))}
 
 
@@ -83,6 +86,31 @@ def test_what_the_grids_share_is_asked_once() -> None:
     assert {*grid("table13", POLICIES, None)} <= {*grid("table5", POLICIES, None)}
     alphas = {dict(s.knobs).get("alpha", 0.9) for s in grid("table12", POLICIES, [0.1])[1:]}
     assert alphas == {*ALPHAS}
+
+
+def test_what_the_grids_ask_beyond_the_paper() -> None:
+    windows = grid("table5", POLICIES, None)
+    for retention in (0.1, 0.05, 0.02, 0.01):
+        found = {dict(s.knobs).get("window") for s in windows if s.retention == retention}
+        assert {"last-1", "last-5", "last-16", "last-32", "all", "visual-32"} <= found
+    pools = grid("pooling", POLICIES, None)
+    assert {s for s in pools[1:] if not s.knobs} <= {*grid("table1", ("snapkv",), None)}
+    unpooled = [s for s in pools if s.knobs]
+    assert len(unpooled) == 5
+    assert all(s.key()["ablation"] == {"kernel": 1} for s in unpooled)
+    for name, by in (("table11", "position"), ("similar", "similar")):
+        knobs = [s.key().get("ablation") for s in grid(name, POLICIES, [0.1])[1:]]
+        assert knobs == [{"merge": m, "merge_by": by} if m else None for m in MERGED]
+
+
+def test_a_changed_policy_has_keys_of_its_own() -> None:
+    """And the request knows nothing of it."""
+    setting = Setting.of("elastic", 0.1)
+    assert setting.key() == {"policy": "elastic", "retention": 0.1, "revision": 2}
+    assert "revision" not in (setting.overrides() or {})
+    assert current(setting.key()) and not current({"policy": "elastic", "retention": 0.1})
+    assert current(PLAIN.key()) and "revision" not in PLAIN.key()
+    assert {*REVISIONS} <= {*ALL_POLICIES}
 
 
 def test_any_server_and_unknown_grids() -> None:
