@@ -34,6 +34,7 @@ ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
 GATE_MODES = ("auto", "off")
 SELECTION_MODES = ("per-head", "shared")
+MERGE_MODES = ("position", "similar")
 # The retentions among which `min_visual_mass` chooses.
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
@@ -105,6 +106,7 @@ class Ablation:
 
     selection: `per-head`, or `shared`: all KV heads keep the tokens of their mean score.
     merge: share of the dropped tokens that is averaged into the kept ones (paper table 11).
+    merge_by: into the kept token at the nearest `position`, or with the most `similar` key.
     rank: the kept tokens begin at this rank instead of 0 (paper figure 4); behind the last rank the
         count goes on at the first.
     seed: of policy `random`. kernel: width of the pool of `snapkv` and `pyramidkv`, odd.
@@ -113,6 +115,7 @@ class Ablation:
 
     selection: str = "per-head"
     merge: float = 0.0
+    merge_by: str = "position"
     rank: int = 0
     seed: int = 0
     kernel: int = 7
@@ -127,6 +130,7 @@ class Ablation:
         return Ablation(
             selection=_check_choice(f"{name}.selection", new.selection, SELECTION_MODES),
             merge=_check_share(f"{name}.merge", new.merge, zero_allowed=True),
+            merge_by=_check_choice(f"{name}.merge_by", new.merge_by, MERGE_MODES),
             rank=_check_count(f"{name}.rank", new.rank, 0),
             seed=_check_count(f"{name}.seed", new.seed, 0),
             kernel=_check_odd(f"{name}.kernel", new.kernel),
@@ -156,7 +160,7 @@ class AirCacheConfig:
         `strength` or `skewness` alone, `pyramid`.
     window: the observation window (paper table 5): `elite`, `all` text tokens, `last-N`, or the
         `visual-N` last visual tokens. `snapkv` and `pyramidkv` take `last-N` alone and have
-        `last-32` of their own.
+        `last-32` and `last-8` of their own.
     elite: `per-head` reference rows, or the head-mean row `shared` by all heads.
     min_visual_tokens: a request with fewer visual tokens is left alone.
     reuse: what later requests may share: `exact` KV alone, or also the `compressed` replica that a
@@ -297,7 +301,8 @@ class AirCacheConfig:
     def observed(self) -> tuple[int, int]:
         """(last instruction tokens, last visual tokens) whose queries score the picture.
 
-        SnapKV's own window where `window` names no other; all of the instruction for the rest.
+        The own window of `snapkv` and `pyramidkv` where `window` names no other; all of the
+        instruction for the rest.
         """
         found = _LAST_N.fullmatch(self.window)
         if self.policy == "aircache":
@@ -305,7 +310,7 @@ class AirCacheConfig:
                 return 0, int(found.group(2))
             return self.scoring_window()[0], 0
         if self.policy in ("snapkv", "pyramidkv"):
-            return self._last_n() or 32, 0
+            return self._last_n() or (32 if self.policy == "snapkv" else 8), 0
         return INSTRUCTION_LIMIT, 0
 
     def _last_n(self) -> int:

@@ -50,12 +50,15 @@ class Policy(ABC):
 
     reads_context: `score` or `statistics` looks at `States.k_context`.
     accumulates: it looks at `States.accumulated`.
+    shares_selection: all KV heads of a layer keep the same tokens: the engine puts the mean over
+        heads and ranks in the place of `score`'s result before anything else looks at it.
     visual_window: it looks at the queries of so many last visual tokens.
     """
 
     name: ClassVar[str]
     reads_context: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
+    shares_selection: ClassVar[bool] = False
 
     @property
     def visual_window(self) -> int:

@@ -21,7 +21,7 @@ from aircache_sglang.policy.registry import register_policy
 @register_policy
 @dataclass(frozen=True)
 class H2O(Policy):
-    """What `accumulate` has summed up during the prefill, uniform budgets."""
+    """What `accumulate` has summed up during the prefill, uniform budgets; per KV head."""
 
     name: ClassVar[str] = "h2o"
     accumulates: ClassVar[bool] = True

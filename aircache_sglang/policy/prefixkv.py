@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """PrefixKV (Wang et al., arXiv 2412.03409): every layer keeps the same share of its priority.
 
-Taken: tokens are ordered by attention; a layer's size is the shortest prefix of that order whose
-cumulated priority reaches p, and p is what makes the sizes add up to the budget. Different: the
-sizes are those of the request at hand, where the paper averages them over sample requests
-beforehand; the text is left out of sizes and priorities, since it is never evicted. The paper finds
-p by binary search; here it is read off the sorted thresholds, which gives the same sizes exactly.
+Taken, from the paper and `prefixkv.py` of github.com/THU-MIG/PrefixKV: tokens are ordered by the
+attention that they get from every query of the prompt, visual ones too, summed over the queries and
+averaged over all heads of a layer, which therefore keep the same tokens; a layer's size is the
+shortest prefix of that order whose cumulated priority reaches p, and p is what makes the sizes add
+up to the budget. Different: the sizes are those of the request at hand, where the authors average
+them over sample requests beforehand; the text is left out of sizes and priorities, since it is
+never evicted. The authors find p by binary search; here it is read off the sorted thresholds, which
+gives the same sizes exactly.
 """
 
 from __future__ import annotations
@@ -16,21 +19,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aircache_sglang.policy.base import Policy, States
-from aircache_sglang.policy.prompt_attention import accumulated_attention, group_mean
+from aircache_sglang.policy.base import States
+from aircache_sglang.policy.h2o import H2O
 from aircache_sglang.policy.registry import register_policy
 
 
 @register_policy
 @dataclass(frozen=True)
-class PrefixKV(Policy):
-    """Attention from the whole instruction, sizes by cumulated priority."""
+class PrefixKV(H2O):
+    """The sums of `H2O` with one selection a layer, sizes by cumulated priority."""
 
     name: ClassVar[str] = "prefixkv"
-    reads_context: ClassVar[bool] = True
-
-    def score(self, states: States) -> Tensor:
-        return group_mean(accumulated_attention(states), states.k_text.shape[2])
+    shares_selection: ClassVar[bool] = True
 
     def statistics(self, states: States, scores: Tensor) -> Tensor:
         """Row k: the priority that a layer's first k tokens carry, k = 0..N_v - 1."""

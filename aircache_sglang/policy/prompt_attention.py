@@ -124,7 +124,7 @@ def visual_window_attention(states: States) -> Tensor:
 def accumulate(
     total: Tensor, q: Tensor, k: Tensor, first: int, visual: Tensor, scale: float
 ) -> None:
-    """Add one layer's attention of a prefill chunk to what each visual token has got so far (H2O).
+    """Add one layer's attention of a prefill chunk to what each visual token has got so far.
 
     Args:
         total: float32 [H_kv, N_v], is changed: the mean over the query heads of a KV group.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that the visual tokens get from all queries, summed up while the prefill runs (H2O)."""
+"""Attention that the visual tokens get from all queries, summed up while the prefill runs."""
 
 from __future__ import annotations
 

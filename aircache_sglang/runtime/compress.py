@@ -165,8 +165,7 @@ class TorchPass:
         found = judge(policy, job, cells, visual)
         statistics, scores = cells.heads.mean(found.statistics), found.scores
         if config.ablation.selection == "shared":
-            mean = cells.heads.mean(scores.mean(dim=1, keepdim=True))
-            scores = mean.expand_as(scores).contiguous()
+            scores = shared(scores, cells.heads)
         # (m, retention) of each size that may be chosen
         sizes = [(intent.columns, config.retention)]
         if config.min_visual_mass is not None:
@@ -196,23 +195,33 @@ class TorchPass:
             choice = reached.index(True)
             record.settle(*sizes[choice])
         budgets, selected = all_budgets[choice], selections[choice]
-        source = None
-        if config.ablation.merge:
-            source = merged(cells, visual, order, budgets, config.ablation.merge)
+        source = merged(cells, record, visual, order, budgets) if config.ablation.merge else None
         pack(cells.k_all, cells.v_all, visual, record.columns, selected, budgets, source)
         cells.table.set(record.row, intent.prompt.start, n_visual, budgets)
         cells.finish(record, budgets, selected, masses[choice])
 
 
 def merged(
-    cells: Cells, visual: torch.Tensor, order: torch.Tensor, budgets: torch.Tensor, share: float
+    cells: Cells,
+    record: CompressionRecord,
+    visual: torch.Tensor,
+    order: torch.Tensor,
+    budgets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of the visual tokens in all layers, [L, N_v, H_kv, D], after `merge_dropped`."""
+    knobs, positions = record.intent.config.ablation, None
+    if knobs.merge_by == "position":
+        positions = record.intent.prompt.visual_positions().to(visual.device)
     layers = [
-        merge_dropped(k[visual], v[visual], order[layer], budgets[layer], share)
+        merge_dropped(k[visual], v[visual], order[layer], budgets[layer], knobs.merge, positions)
         for layer, (k, v) in enumerate(zip(cells.k_all, cells.v_all, strict=True))
     ]
     return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
+
+
+def shared(scores: torch.Tensor, heads: HeadGroup) -> torch.Tensor:
+    """The mean over all KV heads in the place of each head's scores, float32 [L, H_kv, N_v]."""
+    return heads.mean(scores.mean(dim=1, keepdim=True)).expand_as(scores).contiguous()
 
 
 def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
@@ -244,7 +253,8 @@ def judge(policy: Policy, job: Job, cells: Cells, visual_slots: torch.Tensor) ->
             first_head=cells.heads.first(n_heads),
             salt=record.intent.salt,
         )
-        scores.append(policy.score(states))
+        score = policy.score(states)
+        scores.append(shared(score, cells.heads) if policy.shares_selection else score)
         statistics.append(policy.statistics(states, scores[-1]))
         if config.scores_are_importance():
             importance.append(scores[-1])

@@ -189,18 +189,11 @@ class Compressor:
         peak = prompt.length + min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS) + intent.n_extra
         if peak + 2 * self.pool.page_size >= self.pool.size:
             return "pool_too_small"
-        lo, hi = prompt.instruction
-        text, visual = config.observed()
         # A replica serves later turns too, whose answers nobody knows.
         if (
             config.gate == "auto"
             and not intent.reuses
-            and not pays_off(
-                prompt.n_visual,
-                m,
-                min(hi - lo, text) + min(prompt.n_visual, visual),
-                params.max_new_tokens,
-            )
+            and not pays_off(prompt.n_visual, m, intent.n_queries, params.max_new_tokens)
         ):
             return "no_gain"
         return intent

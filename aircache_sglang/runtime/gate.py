@@ -2,7 +2,9 @@
 """Whether compressing a request is worth its pass; from host knowledge alone.
 
 Costs and gains are counted in reads: what decode attention spends, per step, on the KV of one
-visual token in all layers. docs/performance.md has the rows that the constants are taken from.
+visual token in all layers. docs/performance.md has the rows that the constants are taken from. A
+query of a policy that sums attention up during the prefill (`Policy.accumulates`) counts like any
+other, though its rows run over the text too and the prefill shares the machine with them.
 """
 
 from __future__ import annotations

@@ -66,6 +66,15 @@ class Intent:
             return int(self.prompt.visual_positions()[-policy.visual_window :][0])
         return self.prompt.instruction[0]
 
+    @property
+    def n_queries(self) -> int:
+        """Tokens whose queries score the picture."""
+        if policy_of(self.config).accumulates:
+            return self.prompt.length - self.prompt.start
+        lo, hi = self.prompt.instruction
+        text, visual = self.config.observed()
+        return min(hi - lo, text) + min(self.prompt.n_visual, visual)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Replica:

@@ -158,9 +158,13 @@ def test_the_policy_flag_is_named_as_the_operator_knows_it() -> None:
 
 
 BAD_ABLATIONS: list[tuple[Any, str]] = [
-    ({"mege": 0.5}, r" has the unknown key 'mege'; known keys: selection, merge, rank, seed"),
+    (
+        {"mege": 0.5},
+        r" has the unknown key 'mege'; known keys: selection, merge, merge_by, rank, seed",
+    ),
     ({"selection": "all"}, r"\.selection must be one of per-head, shared, got 'all'"),
     ({"merge": 1.5}, r"\.merge must be a number with 0 <= x <= 1, got 1\.5"),
+    ({"merge_by": "key"}, r"\.merge_by must be one of position, similar, got 'key'"),
     ({"rank": -1}, r"\.rank must be an integer >= 0, got -1"),
     ({"seed": True}, r"\.seed must be an integer >= 0, got True"),
     ({"kernel": 4}, r"\.kernel must be an odd integer >= 1, got 4"),
@@ -232,6 +236,7 @@ def test_what_requests_must_share_to_share_a_replica() -> None:
         (AirCacheConfig(window="last-7"), (7, 0)),
         (AirCacheConfig(window="visual-32"), (0, 32)),
         (AirCacheConfig(policy="snapkv"), (32, 0)),
+        (AirCacheConfig(policy="pyramidkv"), (8, 0)),
         (AirCacheConfig(policy="pyramidkv", window="last-16"), (16, 0)),
         (AirCacheConfig(policy="vlcache", window="last-16"), (INSTRUCTION_LIMIT, 0)),
     ],

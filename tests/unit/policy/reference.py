@@ -209,12 +209,21 @@ def density(
     return dense / seen
 
 
-def prefix_sizes(scores: list[list[Vector]], p: float) -> list[int]:
+def received(q: Heads, k: Heads, visual: list[int], scale: float) -> list[Vector]:
+    """Per query head, what each visual position gets from all positions of the prompt, summed."""
+    n_heads, group = len(q[0]), len(q[0]) // len(k[0])
+    result = []
+    for head in range(n_heads):
+        rows = prompt_rows(q, [], k, head, group, scale)
+        result.append([math.fsum(row[j] for row in rows if j < len(row)) for j in visual])
+    return result
+
+
+def prefix_sizes(scores: list[Vector], p: float) -> list[int]:
     """PrefixKV: per layer the shortest prefix of the order whose cumulated priority reaches p."""
     sizes = []
     for layer in scores:
-        ranked = [sorted((x / math.fsum(row) for x in row), reverse=True) for row in layer]
-        priority = [math.fsum(column) / len(layer) for column in zip(*ranked, strict=True)]
+        priority = sorted((x / math.fsum(layer) for x in layer), reverse=True)
         carried, size = 0.0, 0
         while size < len(priority) and (carried < p or size == 0):
             carried += priority[size]
@@ -223,7 +232,7 @@ def prefix_sizes(scores: list[list[Vector]], p: float) -> list[int]:
     return sizes
 
 
-def prefix_budgets(scores: list[list[Vector]], total: int) -> list[int] | None:
+def prefix_budgets(scores: list[Vector], total: int) -> list[int] | None:
     """Binary search for the p whose sizes add up to `total`; None where a tie skips it."""
     low, high = 0.0, 1.0 + 1e-9
     for _ in range(60):
@@ -236,17 +245,25 @@ def prefix_budgets(scores: list[list[Vector]], total: int) -> list[int] | None:
 
 
 def merge(
-    k: list[Vector], v: list[Vector], order: list[int], budget: int, share: float
+    k: list[Vector],
+    v: list[Vector],
+    order: list[int],
+    budget: int,
+    share: float,
+    positions: list[int] | None = None,
 ) -> dict[int, tuple[Vector, Vector]]:
     """Table 11 for one head: kept ordinal to its merged key and value."""
-    kept, dropped = order[:budget], order[budget:]
+    kept, dropped = sorted(order[:budget]), order[budget:]
 
     def cosine(a: Vector, b: Vector) -> float:
         return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
+    def closeness(i: int, j: int) -> float:
+        return cosine(k[i], k[j]) if positions is None else -abs(positions[i] - positions[j])
+
     members = {i: [i] for i in kept}
     for i in dropped[: round(share * len(dropped))]:
-        members[max(kept, key=lambda j: cosine(k[i], k[j]))].append(i)
+        members[max(kept, key=lambda j: closeness(i, j))].append(i)
 
     def mean(rows: list[Vector]) -> Vector:
         return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]

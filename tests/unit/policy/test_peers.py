@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aircache_sglang.policy import (
+    Policy,
     States,
     accumulate,
     get_policy,
@@ -50,6 +52,12 @@ def votes(given: States, layer: int, window: int) -> list[list[float]]:
     return reference.votes(*(part[layer].tolist() for part in parts), window, SCALE)
 
 
+def over_heads(policy: Policy, scores: Tensor) -> Tensor:
+    """What the engine makes of the scores, on one device."""
+    mean = scores.mean(dim=1, keepdim=True).expand_as(scores)
+    return mean if policy.shares_selection else scores
+
+
 def assert_scores(scores: Tensor, wanted: list[Any]) -> None:
     torch.testing.assert_close(scores, torch.tensor(wanted), rtol=1e-6, atol=1e-9)
 
@@ -72,10 +80,48 @@ def test_snapkv(given: States, name: str, window: int, kernel: int) -> None:
     assert pyramid == [11, 6, 1], "the paper's sequence: 11.7, 6, 0.3, with a floor of 1"
 
 
-@pytest.mark.parametrize("name", ["elastic", "prefixkv", "vlcache"])
-def test_the_whole_instruction_votes(given: States, name: str) -> None:
+def test_the_whole_instruction_votes(given: States) -> None:
     wanted = [reference.over_groups(votes(given, layer, N_T), H_KV) for layer in range(L)]
-    assert_scores(get_policy(name).score(given), wanted)
+    assert_scores(get_policy("vlcache").score(given), wanted)
+
+
+def whole_prompt(given: States, visual: list[int]) -> tuple[States, list[list[list[float]]]]:
+    """`given` with the sums of a prompt of random states, and these restated, [L][H_q][N_v]."""
+    generator = torch.Generator().manual_seed(11)
+    n = visual[-1] + 4
+    q = torch.randn((L, n, H_KV * GROUP, D), generator=generator, dtype=torch.float64)
+    k = torch.randn((L, n, H_KV, D), generator=generator, dtype=torch.float64)
+    q[1] *= 4  # a layer that looks sharply
+    q[2] *= 0.1  # and one that looks about evenly
+    sums = torch.zeros((L, H_KV, len(visual)))
+    for layer in range(L):
+        accumulate(sums[layer], q[layer], k[layer], 0, torch.tensor(visual), SCALE)
+    wanted = [
+        reference.received(q[layer].tolist(), k[layer].tolist(), visual, SCALE)
+        for layer in range(L)
+    ]
+    return dataclasses.replace(given, accumulated=sums), wanted
+
+
+VISUAL = [*range(2, 12), *range(15, 24)]  # text between two pictures
+
+
+@pytest.mark.parametrize("m", range(1, N_V + 1))
+@pytest.mark.parametrize("name", ["elastic", "prefixkv"])
+def test_all_queries_and_heads_choose_one_set_a_layer(given: States, name: str, m: int) -> None:
+    """Elastic Cache: as many in every layer; PrefixKV: the sizes of its binary search."""
+    given, received = whole_prompt(given, VISUAL)
+    wanted = [reference.over_groups(layer, 1)[0] for layer in received]
+    policy = get_policy(name)
+    assert policy.shares_selection
+    scores = over_heads(policy, policy.score(given))
+    assert_scores(scores, [[row] * H_KV for row in wanted])
+    budgets = policy.budgets(policy.statistics(given, scores), N_V, m).tolist()
+    if name == "elastic":
+        assert budgets == [m] * L
+    else:
+        assert budgets == reference.prefix_budgets(wanted, L * m)
+        assert len(set(budgets)) > 1 or not 3 < m < 12, "this test needs uneven sizes"
 
 
 def test_vlcache_gives_to_the_dense_layers(given: States) -> None:
@@ -99,20 +145,6 @@ def test_vlcache_gives_to_the_dense_layers(given: States) -> None:
     budgets = policy.budgets(statistics, N_V, 5).tolist()
     assert budgets == reference.largest_remainder(wanted, 5 * L, N_V)
     assert budgets[1] == min(budgets) < max(budgets)
-
-
-@pytest.mark.parametrize("m", range(1, N_V + 1))
-def test_prefixkv_sizes_are_those_of_the_binary_search(given: States, m: int) -> None:
-    policy = get_policy("prefixkv")
-    flat = given.k_visual.clone()
-    flat[2] *= 0.1  # a layer with a long prefix
-    given = States(given.q_text, given.k_text, flat, given.k_context, scale=SCALE)
-    scores = policy.score(given)
-    wanted = reference.prefix_budgets(scores.double().tolist(), L * m)
-    assert wanted is not None
-    assert policy.budgets(policy.statistics(given, scores), N_V, m).tolist() == wanted
-    if 3 < m < 12:
-        assert len(set(wanted)) > 1, "this test needs uneven sizes"
 
 
 def test_streaming() -> None:
@@ -209,23 +241,25 @@ def test_visual_mass(given: States) -> None:
     assert visual_mass(scores, everything, torch.full((L,), N_V)).item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("positions", [None, VISUAL], ids=["similar", "position"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("budget", [1, 6, N_V])
-def test_merge(given: States, share: float, budget: int) -> None:
+def test_merge(given: States, share: float, budget: int, positions: list[int] | None) -> None:
+    at = None if positions is None else torch.tensor(positions)
     generator = torch.Generator().manual_seed(9)
     k = given.k_visual[0].float()
     v = torch.randn(k.shape, generator=generator)
     order = torch.rand((H_KV, N_V), generator=generator).argsort(-1)
-    new_k, new_v = merge_dropped(k, v, order, torch.tensor(budget), share)
+    new_k, new_v = merge_dropped(k, v, order, torch.tensor(budget), share, at)
     for head in range(H_KV):
         wanted = reference.merge(
-            k[:, head].tolist(), v[:, head].tolist(), order[head].tolist(), budget, share
+            k[:, head].tolist(), v[:, head].tolist(), order[head].tolist(), budget, share, positions
         )
         assert len(wanted) == budget
         for i, (key, value) in wanted.items():
             torch.testing.assert_close(new_k[i, head], torch.tensor(key), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(new_v[i, head], torch.tensor(value), rtol=1e-5, atol=1e-6)
-    half = merge_dropped(k.bfloat16(), v.bfloat16(), order, torch.tensor(budget), share)
+    half = merge_dropped(k.bfloat16(), v.bfloat16(), order, torch.tensor(budget), share, at)
     assert half[0].dtype == torch.bfloat16
 
 

@@ -156,9 +156,16 @@ def test_blocks_of_layers_and_shards_of_heads_make_the_whole(
     for parts, axis in ((blocks, 0), (ranks, 1)):
         found = [policy.score(part) for part in parts]
         torch.testing.assert_close(torch.cat(found, dim=axis), scores, rtol=1e-5, atol=1e-7)
-    by_rank = [policy.statistics(part, policy.score(part)) for part in ranks]
+    if policy.shares_selection:  # the engine's mean over heads and ranks
+        scores = scores.mean(dim=1, keepdim=True).expand_as(scores)
+        found = [scores[:, :1]] * 2
+        statistics = policy.statistics(whole, scores)
+    by_rank = [policy.statistics(*both) for both in zip(ranks, found, strict=True)]
     torch.testing.assert_close(torch.stack(by_rank).mean(dim=0), statistics, rtol=1e-5, atol=1e-7)
-    by_block = [policy.statistics(part, policy.score(part)) for part in blocks]
+    by_block = [
+        policy.statistics(part, scores[part.first_layer :][: part.q_text.shape[0]])
+        for part in blocks
+    ]
     torch.testing.assert_close(torch.cat(by_block, dim=1), statistics, rtol=1e-5, atol=1e-7)
 
 
@@ -182,7 +189,8 @@ def test_no_policy_waits_for_the_device(name: str, options: dict[str, Any]) -> N
     assert visual_mass(scores, selected, budgets).device.type == "meta"
     k = given.k_visual[0]
     order = select_padded(scores, budgets)[0]
-    assert merge_dropped(k, k, order, budgets[0], 0.5)[0].shape == k.shape
+    for positions in (None, order[0]):
+        assert merge_dropped(k, k, order, budgets[0], 0.5, positions)[0].shape == k.shape
 
 
 @pytest.mark.parametrize("budget", BUDGET_MODES)
