@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,34 @@ def test_a_cut_run_goes_on_at_any_server(aircache_server: Server, tmp_path: Path
     assert done.returncode == 0 and "6/6 rows, 4 old" in done.stderr
     assert {identity(row["key"]) for row in read(file)[1]} == {identity(r["key"]) for r in rows}
     assert len(file.read_text().splitlines()) == 2 + 6
+
+
+def test_a_killed_run_loses_and_repeats_nothing(aircache_server: Server, tmp_path: Path) -> None:
+    """SIGKILL after a few rows, while requests are under way."""
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--url", aircache_server.url, "--dataset", "docvqa", "--file", file]
+    arguments += ["--path", make_docvqa(tmp_path), "--policies", "snapkv", "aircache"]
+    command = [sys.executable, "-m", "benchmarks.quality", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 200
+        while not file.exists() or file.read_bytes().count(b"\n") < 6:
+            assert process.poll() is None and time.monotonic() < deadline, "no rows to cut off"
+            time.sleep(0.01)
+        process.kill()
+    before = read_whole_lines(file)
+    assert 5 <= len(before) < 33, "the run ended before it was killed"
+    done = quality(*arguments)
+    assert done.returncode == 0 and f"33/33 rows, {len(before)} old" in done.stderr
+    rows = read(file)[1]
+    assert rows[: len(before)] == before
+    assert len(rows) == len({identity(row["key"]) for row in rows}) == 33
+    assert all("divergence" in r for r in rows if r["key"]["setting"]["policy"] != FULL)
+
+
+def read_whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose last line may be torn."""
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [row for row in map(json.loads, lines) if "key" in row]
 
 
 def test_the_divergence_is_that_of_the_logprobs(aircache_server: Server, tmp_path: Path) -> None:

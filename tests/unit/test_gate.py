@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.runtime.gate import pass_reads, pays_off, saved_reads
+from aircache_sglang.runtime.record import Intent
+from aircache_sglang.runtime.spans import VisualPrompt
 
 VISUAL = st.integers(64, 100_000)
 SHARE = st.floats(0.001, 0.999)
@@ -49,3 +55,21 @@ def test_nothing_saved_never_pays(n_visual: int, n_text: int) -> None:
 def test_reads_are_those_of_the_docstring() -> None:
     assert saved_reads(1000, 100, 11) == 9000
     assert pass_reads(1000, 100, 50) == 1000 * (2.0 + 0.04 * 50) + 300
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ({}, 20),
+        ({"window": "last-5"}, 5),
+        ({"window": "visual-12"}, 12),
+        ({"policy": "pyramidkv"}, 8),
+        *(({"policy": name}, 46) for name in ("h2o", "elastic", "prefixkv")),
+    ],
+    ids=str,
+)
+def test_the_queries_that_count(overrides: dict[str, Any], wanted: int) -> None:
+    """4 tokens of text, two pictures of 10 with 6 tokens between them, 20 of instruction."""
+    prompt = VisualPrompt(((4, 14), (20, 30)), 50, 20)
+    config = AirCacheConfig().with_overrides({"aircache": overrides})
+    assert Intent(config, prompt, 2).n_queries == wanted

@@ -20,6 +20,7 @@ from aircache_sglang.policy import (
     AirCache,
     Policy,
     States,
+    accumulate,
     columns,
     elite_mask_batched,
     get_policy,
@@ -73,21 +74,32 @@ def test_import_needs_torch_alone() -> None:
 
 
 def states(
-    layers: int = 4, n_text: int = 9, n_visual: int = 40, device: str = "cpu", seed: int = 0
+    layers: int = 4, n_text: int = 9, n_visual: int = 40, device: str = "cpu", between: int = 0
 ) -> States:
-    """All that any policy looks at; 3 tokens of context, a visual window of 4."""
-    generator = torch.Generator().manual_seed(seed)
+    """All that any policy looks at, of one prompt in which every query saw what was before it.
 
-    def normal(n: int, heads: int) -> torch.Tensor:
-        return torch.randn((layers, n, heads, 8), generator=generator).to(device)
-
+    3 tokens of context, two pictures with `between` tokens of text between them, the instruction;
+    a visual window of 4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first = n_visual // 2
+    visual = [3 + i + (between if i >= first else 0) for i in range(n_visual)]
+    context = sorted({*range(3 + n_visual + between)} - {*visual})
+    q, k = (
+        torch.randn((layers, 3 + n_visual + between + n_text, heads, 8), generator=generator)
+        for heads in (6, 2)
+    )
+    q, k = q.to(device), k.to(device)
+    sums = torch.zeros((layers, 2, n_visual), device=device)
+    for layer in range(layers):
+        accumulate(sums[layer], q[layer], k[layer], 0, torch.tensor(visual, device=device), 8**-0.5)
     return States(
-        q_text=normal(n_text, 6),
-        k_text=normal(n_text, 2),
-        k_visual=normal(n_visual, 2),
-        k_context=normal(3, 2),
-        q_visual=normal(min(4, n_visual), 6),
-        accumulated=normal(n_visual, 2)[..., 0].abs().transpose(1, 2),
+        q_text=q[:, -n_text:],
+        k_text=k[:, -n_text:],
+        k_visual=k[:, visual],
+        k_context=k[:, context],
+        q_visual=q[:, visual[-4:]],
+        accumulated=sums,
         salt=7,
     )
 
@@ -123,12 +135,13 @@ matrix = pytest.mark.parametrize(("name", "options"), POLICIES, ids=str)
 
 
 @matrix
-@pytest.mark.parametrize("n_visual", [1, 2, 40])
+@pytest.mark.parametrize(("n_visual", "between"), [(1, 0), (2, 0), (2, 5), (40, 0), (40, 5)])
 @pytest.mark.parametrize("retention", [1e-6, 0.1, 0.5, 1.0])
 def test_every_policy_fills_its_columns(
-    name: str, options: dict[str, Any], n_visual: int, retention: float
+    name: str, options: dict[str, Any], n_visual: int, between: int, retention: float
 ) -> None:
-    policy, given = get_policy(name, **options), states(n_visual=n_visual)
+    policy = get_policy(name, **options)
+    given = states(n_visual=n_visual, between=between)
     assert policy.name == name
     scores = policy.score(given)
     assert scores.dtype == torch.float32 and scores.shape == (4, 2, n_visual)
@@ -140,7 +153,8 @@ def test_every_policy_fills_its_columns(
     assert budgets.dtype == torch.int64 and int(budgets.sum()) == 4 * m
     assert all(1 <= count <= n_visual for count in budgets.tolist())
     # the same prompt, the same tokens
-    assert torch.equal(policy.score(states(n_visual=n_visual)), scores)
+    again = policy.score(states(n_visual=n_visual, between=between))
+    assert torch.equal(again, scores)
     assert torch.equal(policy.budgets(policy.statistics(given, scores), n_visual, m), budgets)
 
 

@@ -105,6 +105,50 @@ def test_what_attention_ranks_first_is_kept(
     )
 
 
+def test_ivtp_prunes_twice(pruner: Pruner, inputs: Any) -> None:
+    """15 tokens by the vision tower's attention, of these 5 by the instruction's in layer 1."""
+    model = type(pruner.model).from_pretrained(
+        pruner.model.name_or_path,
+        dtype=torch.float32,
+        attn_implementation={"text_config": "eager", "vision_config": "recorded"},
+    )
+    fed: dict[str, Any] = {}
+
+    def remember(_: Any, __: Any, named: dict[str, Any]) -> None:
+        fed.update(named)
+
+    decoder = model.model.language_model
+    hook = decoder.register_forward_pre_hook(remember, with_kwargs=True)
+    RECORDED.clear()
+    with torch.inference_mode():
+        model(**inputs)
+        hook.remove()
+        received = [w.mean(dim=(0, 1)) * w.shape[-1] for w in RECORDED[-2:]]
+        scores = torch.cat(received).view(N_VISUAL, 4).mean(dim=1)
+        visual = inputs["mm_token_type_ids"][0] != 0
+        first = ~visual
+        first[visual.nonzero().view(-1)[scores.argsort(descending=True)[:15]]] = True
+        # the last three rows: time, height, width; Transformers may put the text's before them
+        out = decoder(
+            inputs_embeds=fed["inputs_embeds"][:, first],
+            position_ids=fed["position_ids"][-3:, :, first],
+            output_attentions=True,
+            use_cache=True,
+        )
+    seen = visual[first].nonzero().view(-1)
+    votes = out.attentions[1][0, :, int(seen[-1]) + 1 :, seen].mean(dim=(0, 1))
+    second = ~visual[first]
+    second[seen[votes.argsort(descending=True)[:5]]] = True
+    layers = pruner.prefill(inputs, "ivtp", 0.1).cache.layers
+    for layer, kept in ((0, slice(None)), (1, slice(None)), (2, second)):
+        torch.testing.assert_close(
+            layers[layer].keys,
+            out.past_key_values.layers[layer].keys[:, :, kept],
+            rtol=0,
+            atol=1e-4,
+        )
+
+
 def test_what_is_refused(pruner: Pruner, inputs: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fastv, fastervlm, ivtp, got 'aircache'"):
         pruner.prefill(inputs, "aircache", 0.5)
