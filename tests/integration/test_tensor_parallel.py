@@ -6,10 +6,18 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.policy import get_policy
 from tests.support import Server
-from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
+from tests.support.oracle import (
+    Oracle,
+    assert_agrees,
+    assert_keeps_the_best,
+    assert_policy_agrees,
+    policy_states,
+)
 from tests.support.prompts import ask, max_logprob_difference, picture, user_prompt, words
 
 pytestmark = [
@@ -39,6 +47,22 @@ def test_logprobs_selection_and_budgets(
     assert len(set(report["layer_budgets"])) > 1, "this test needs uneven budgets"
     assert any(first != second for first, second in report["selection"])
     assert_policy_agrees(assert_agrees(oracle, prompt, answer), report)
+
+
+def test_ranks_share_one_selection(parallel_server: Server, oracle: Oracle) -> None:
+    prompt = PROMPTS["three pictures"]
+    overrides = {"policy": "prefixkv", "retention": 0.1, "return_selection": True}
+    answer = ask(parallel_server, prompt, overrides)
+    report = answer["meta_info"]["aircache"]
+    assert all(first == second for first, second in report["selection"])
+    trace, prefixkv = assert_agrees(oracle, prompt, answer), get_policy("prefixkv")
+    states = policy_states(trace)
+    scores = prefixkv.score(states)
+    assert not torch.allclose(scores[:, 0], scores[:, 1]), "this test needs heads that differ"
+    scores = scores.mean(dim=1, keepdim=True).expand_as(scores)
+    statistics = prefixkv.statistics(states, scores)
+    budgets = prefixkv.budgets(statistics, len(trace.visual), report["columns"]).tolist()
+    assert_keeps_the_best(report, scores, budgets)
 
 
 def test_a_prefix_hit(parallel_server: Server, oracle: Oracle) -> None:
