@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.records import RESULTS, Results
+from benchmarks.records import RESULTS, Results, read
 
 PARTS = ("attention", "pass", "overhead")
 
@@ -36,14 +36,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     path = arguments.file or RESULTS / ("quick.jsonl" if arguments.quick else "cpu.jsonl")
-    if arguments.action == "run":
-        run(path, arguments)
-    if not path.exists():
-        print(f"no results in {path}; measure first", file=sys.stderr)
-        return 1
-    from benchmarks.report import report
+    try:
+        if arguments.action == "run":
+            run(path, arguments)
+        if not path.exists() or not read(path):
+            raise ValueError(f"no results in {path}, measure first")
+        from benchmarks.report import report
 
-    report(path)
+        report(path)
+    except ValueError as error:
+        print(f"The benchmark stopped: {error}.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -55,14 +55,40 @@ def provenance() -> Row:
     }
 
 
-class Results:
-    """A file that grows by the row; a row whose key it already has is not measured again."""
+# What measurements in one file must share; a commit may differ, and is listed.
+SHARED = ("device", "threads", "sglang", "torch", "preset", "model", "flags", "url")
 
-    def __init__(self, path: Path) -> None:
+
+class Results:
+    """A file that grows by the row; a row whose key it already has is not measured again.
+
+    Args:
+        about: what every row carries beside `provenance()`, which it may overrule.
+
+    Raises:
+        ValueError: the file has rows of something else than SHARED says now, or is broken.
+    """
+
+    def __init__(self, path: Path, about: Row | None = None) -> None:
         self.path = path
+        self._provenance = provenance() | (about or {})
         self.rows = read(path) if path.exists() else []
+        for row in self.rows:
+            self._check(row)
+        if path.exists():
+            cut_unfinished_line(path)
         self._known = {identity(row["key"]) for row in self.rows}
-        self._provenance = provenance()
+
+    def _check(self, row: Row) -> None:
+        for name in SHARED:
+            now = self._provenance.get(name)
+            # Rows from before a field was kept: only `url` was ever anything but what it is here.
+            before = row.get(name, None if name == "url" else now)
+            if before != now:
+                raise ValueError(
+                    f"{self.path} has rows of {name} {before or 'none'}, this run's is "
+                    f"{now or 'none'}: --fresh drops them, --file names another file"
+                )
 
     def has(self, key: Row) -> bool:
         return identity(key) in self._known
@@ -75,14 +101,24 @@ class Results:
             return
         started = time.monotonic()
         busy = os.getloadavg()[0]
-        row = {"key": key, **run()}
-        row |= {**self._provenance, "time": time.strftime("%FT%TZ", time.gmtime()), "load": busy}
+        self.add(key, run() | {"load": busy})
+        print(f"{time.monotonic() - started:5.1f} s  {label}", flush=True)
+
+    def add(self, key: Row, row: Row) -> None:
+        """Append a row, on disk when this returns; nothing if `key` is there."""
+        if self.has(key):
+            return
+        row = {
+            "key": key,
+            **row,
+            **self._provenance,
+            "time": time.strftime("%FT%TZ", time.gmtime()),
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
         self._known.add(identity(key))
-        print(f"{time.monotonic() - started:5.1f} s  {label}", flush=True)
 
 
 def identity(key: Row) -> str:
@@ -90,5 +126,23 @@ def identity(key: Row) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The objects of a file; what follows the last line's end is half a row, and is none.
+
+    Raises ValueError for any other line that is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.extend([json.loads(line)] if line.strip() else [])
+        except ValueError:
+            raise ValueError(f"line {number} of {path} is not JSON") from None
+    return rows
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """A run that was killed may have left half a row at the end, which the next would continue."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.gate import pass_reads
-from benchmarks.records import Row
+from benchmarks.records import SHARED, Row
 
 # The project's goal for this path; the report says whether it is met.
 ATTENTION_RATIO = 0.3
@@ -132,14 +132,19 @@ def goal(met: bool, text: str) -> str:
 
 
 def header(path: Path, rows: list[Row]) -> str:
-    names = ("version", "sglang", "torch", "device", "threads", "git", "command")
-    seen = {name: list(dict.fromkeys(str(row[name]) for row in rows)) for name in names}
-    loads = [row["load"] for row in rows]
-    lines = [f"# {path.name}\n", *(f"- {name}: {'; '.join(seen[name])}" for name in names)]
+    names = ("version", *SHARED, "git", "command")
+    seen = {
+        name: list(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+        for name in names
+    }
+    loads = [row["load"] for row in rows if "load" in row]
+    lines = [f"# {path.name}\n"]
+    lines += [f"- {name}: {'; '.join(values)}" for name, values in seen.items() if values]
     first, last = min(row["time"] for row in rows), max(row["time"] for row in rows)
     lines.append(f"- measured: {first} to {last}")
-    lines.append(f"- load average before each row: {min(loads):.1f} to {max(loads):.1f}\n")
-    return "\n".join(lines)
+    if loads:
+        lines.append(f"- load average before each row: {min(loads):.1f} to {max(loads):.1f}")
+    return "\n".join([*lines, ""])
 
 
 def report(path: Path) -> None:

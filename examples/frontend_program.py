@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import sglang as sgl
@@ -33,8 +34,10 @@ def read(s: Any, picture: str, tokens: int) -> None:
         branch += question + sgl.user_end()
         branch += sgl.assistant(sgl.gen("answer", max_tokens=tokens, temperature=0.0))
     for name, branch in zip(QUESTIONS, branches, strict=True):
+        if branch.error() is not None:
+            raise RuntimeError(f"the server refused: {branch.error()}")
         s[name] = branch["answer"]
-        s[f"{name} report"] = branch.get_meta_info("answer")["aircache"]
+        s[f"{name} meta"] = branch.get_meta_info("answer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,14 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--template", help="SGLang's chat template, if the model's name hides it")
     arguments = parser.parse_args(argv)
+    for picture in arguments.pictures:
+        if not Path(picture).is_file():
+            parser.error(f"{picture} is not a file")
 
-    backend = AirCacheEndpoint(arguments.url, chat_template_name=arguments.template)
+    try:
+        backend = AirCacheEndpoint(arguments.url, chat_template_name=arguments.template)
+    except (OSError, RuntimeError, ValueError):
+        print(f"No SGLang server answers at {arguments.url}.", file=sys.stderr)
+        return 1
     programs = [{"picture": picture, "tokens": arguments.tokens} for picture in arguments.pictures]
-    for picture, state in zip(
-        arguments.pictures, read.run_batch(programs, backend=backend), strict=True
-    ):
+    try:
+        states = read.run_batch(programs, backend=backend)
+    except RuntimeError as error:
+        print(f"The program stopped: {error}", file=sys.stderr)
+        return 1
+    for picture, state in zip(arguments.pictures, states, strict=True):
         for name in QUESTIONS:
-            report = state[f"{name} report"]
+            # Stock SGLang knows no report.
+            report = state[f"{name} meta"].get("aircache")
             kept = "all" if report is None else f"{report['columns']}/{report['visual_tokens']}"
             print(f"{picture}, {name} ({kept} visual slots kept): {state[name]}")
     return 0

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--retention", type=float, default=0.05, help="share of visual KV to keep")
     parser.add_argument("--tokens", type=int, default=32)
     arguments = parser.parse_args(argv)
+    if not arguments.picture.is_file():
+        parser.error(f"{arguments.picture} is not a file")
 
     # A proxy of the environment must not see a server of this machine.
     client = openai.OpenAI(
@@ -38,29 +40,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         api_key="none",
         http_client=httpx.Client(trust_env=False),
     )
-    answer = client.chat.completions.create(
-        model="default",
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": data_url(arguments.picture)}},
-                    {"type": "text", "text": arguments.question},
-                ],
-            }
-        ],
-        max_tokens=arguments.tokens,
-        temperature=0.0,
-        # What the OpenAI protocol does not know goes into the body as it is.
-        extra_body={
-            "custom_params": {"aircache": {"retention": arguments.retention}},
-            "return_meta_info": True,
-        },
-    )
+    try:
+        answer = client.chat.completions.create(
+            model="default",
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": data_url(arguments.picture)}},
+                        {"type": "text", "text": arguments.question},
+                    ],
+                }
+            ],
+            max_tokens=arguments.tokens,
+            temperature=0.0,
+            # What the OpenAI protocol does not know goes into the body as it is.
+            extra_body={
+                "custom_params": {"aircache": {"retention": arguments.retention}},
+                "return_meta_info": True,
+            },
+        )
+    except openai.APIConnectionError:
+        print(f"No server answers at {arguments.url}.", file=sys.stderr)
+        return 1
+    except openai.APIStatusError as error:
+        print(f"The server refused: {error.message}", file=sys.stderr)
+        return 1
     choice = answer.choices[0]
     print(choice.message.content)
-    report = choice.to_dict()["meta_info"]["aircache"]
-    if report is None:
+    meta = choice.to_dict().get("meta_info") or {}
+    report = meta.get("aircache")
+    if "aircache" not in meta:
+        print("The server kept all of the visual KV: it runs without --kv-policy aircache.")
+    elif report is None:
         print("The server kept all of the visual KV.")
     else:
         print(

@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks import records
 from benchmarks.quality.client import Answer, RequestError
 from benchmarks.quality.datasets import Sample
 from benchmarks.quality.metrics import token_divergence
 from benchmarks.quality.settings import FULL, Setting
-from benchmarks.records import Row, identity
+from benchmarks.records import Row, cut_unfinished_line, identity
 
 FAILURES = 10  # in a row: then something is wrong with more than a sample
 REPORTED = ("visual_tokens", "columns", "layer_budgets", "visual_mass")
@@ -42,7 +43,7 @@ class Rows:
     def __init__(self, path: Path, run: Row) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _cut_unfinished_line(path)
+            cut_unfinished_line(path)
         runs, rows = read(path) if path.exists() else ([], [])
         for other in runs:
             if (other["model"], other["weights"]) != (run["model"], run["weights"]):
@@ -85,7 +86,7 @@ class Rows:
 
 def read(path: Path) -> tuple[list[Row], list[Row]]:
     """The runs and the rows of a file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    lines = records.read(path)
     return [row for row in lines if "key" not in row], [row for row in lines if "key" in row]
 
 
@@ -208,15 +209,6 @@ def row_of(sample: Sample, setting: Setting, answer: Answer, full: Answer | None
     row["same"] = same
     row["divergence"] = round(sum(bits) / len(bits), 6) if bits else None
     return row
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    """A run that was killed may have left half a row at the end."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
 
 
 class Progress:

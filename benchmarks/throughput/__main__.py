@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.records import RESULTS, Results
+from benchmarks.records import RESULTS, Results, read
+
+BAD_INPUT = 2  # exit code: nothing was measured, and there is nothing new to report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,8 +38,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--visual", type=int, action="append", help="only this prompt length; may be repeated"
     )
-    top.add_argument("--rounds", type=int, help="times each cell is measured (default 2)")
-    top.add_argument("--file", type=Path, help="the result file, by default named by the preset")
+    top.add_argument("--rounds", type=int, help="times each cell is measured (the preset says)")
+    top.add_argument(
+        "--file",
+        type=Path,
+        help="the result file; by default named by the preset, and by the URL if one is given",
+    )
     top.add_argument("--fresh", action="store_true", help="drop the file's rows first")
     return top
 
@@ -51,16 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.stock_url and not arguments.url:
         parser().error("--stock-url needs --url beside it")
-    name = "capacity" if arguments.capacity else arguments.preset
-    path = arguments.file or RESULTS / f"throughput-{name}.jsonl"
+    path = arguments.file or default_file(arguments)
     code = run(path, arguments) if arguments.action == "run" else 0
-    if not path.exists():
-        print(f"no results in {path}; measure first", file=sys.stderr)
-        return code or 1
+    if code == BAD_INPUT:
+        return code
     from benchmarks.throughput.report import report
 
-    report(path)
+    try:
+        if not path.exists() or not read(path):
+            raise ValueError(f"no results in {path}, measure first")
+        report(path)
+    except ValueError as error:
+        print(f"Nothing to report: {error}.", file=sys.stderr)
+        return code or 1
     return code
+
+
+def default_file(arguments: argparse.Namespace) -> Path:
+    """Named by what is measured, and by the server where it is not one of our own."""
+    name = "capacity" if arguments.capacity else arguments.preset
+    if arguments.url:
+        name += "-" + re.sub(r"[^\w.]+", "-", arguments.url.rpartition("://")[2]).strip("-")
+    return RESULTS / f"throughput-{name}.jsonl"
 
 
 def run(path: Path, arguments: argparse.Namespace) -> int:
@@ -71,24 +90,32 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
 
     from benchmarks.throughput import capacity
     from benchmarks.throughput.plan import PRESETS
-    from benchmarks.throughput.run import sweep
+    from benchmarks.throughput.run import about, connect, sweep
     from tests.support import ServerError
 
-    if arguments.fresh:
-        path.unlink(missing_ok=True)
-    preset = PRESETS[arguments.preset]
+    preset, load = PRESETS[arguments.preset], capacity.Load()
     chosen = {"batches": arguments.batch, "visual": arguments.visual, "rounds": arguments.rounds}
     preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
     given = {"aircache": arguments.url, "none": arguments.stock_url}
-    urls = {policy: url for policy, url in given.items() if url}
+    try:
+        preset.check()
+        clients = connect({policy: url for policy, url in given.items() if url})
+        said = about(capacity.PRESET if arguments.capacity else preset, clients)
+        if arguments.capacity:
+            said["preset"] = f"capacity: {load}"
+        if arguments.fresh:
+            path.unlink(missing_ok=True)
+        results = Results(path, said)
+    except (ServerError, ValueError, requests.RequestException) as error:
+        print(f"Nothing was measured: {error}.", file=sys.stderr)
+        return BAD_INPUT
     # Leave through the servers' context managers, which end them.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        preset.check()
         if arguments.capacity:
-            capacity.measure(Results(path), capacity.PRESET, capacity.Load(), urls)
+            capacity.measure(results, capacity.PRESET, load, clients)
         else:
-            sweep(Results(path), preset, urls)
+            sweep(results, preset, clients)
     except (ServerError, ValueError, requests.RequestException) as error:
         # A server's error is followed by the end of its log.
         first, _, log = str(error).partition("\n")

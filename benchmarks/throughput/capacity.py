@@ -14,11 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Results, Row
+from benchmarks.records import Results, Row, identity
 from benchmarks.report import Cells, goal, setting, table
 from benchmarks.throughput.plan import COMMON, INSTRUCTION_TOKENS, Cell, Preset
 from benchmarks.throughput.run import servers
@@ -94,11 +95,13 @@ def trial(
     """One run of the client.
 
     held, queued: the most requests that ran and that waited at once, by the scheduler's count;
-    retracted: requests that lost their slots to others.
-    Raises ServerError if the client fails or a request does.
+    retracted: requests that lost their slots to others; compressed: requests that were, by the
+    server's own count.
+    Raises ServerError if the client fails or a request does, and if a request at a retention was
+    not compressed or one without was.
     """
     client.flush_cache()
-    before = retractions(client)
+    before = counters(client)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         command = [sys.executable, "-m", "sglang.benchmark.serving"]
@@ -116,13 +119,21 @@ def trial(
     if found["completed"] != load.prompts:
         said = "; ".join({error.strip().splitlines()[-1] for error in found["errors"] if error})
         raise ServerError(f"{found['completed']} of {load.prompts} requests were answered: {said}")
+    after = counters(client)
+    compressed = after["compressed"] - before["compressed"]
+    # A request that was retracted is compressed again.
+    if compressed < load.prompts if retention is not None else compressed > 0:
+        raise ServerError(
+            f"{compressed} of {load.prompts} requests at retention {retention} were compressed"
+        )
     return {
         "prompts": load.prompts,
         "tokens": load.tokens,
         "pool": client.info()["max_total_num_tokens"],
         "held": watch.most("num_running_reqs"),
         "queued": watch.most("num_waiting_reqs"),
-        "retracted": retractions(client) - before,
+        "retracted": after["retracted"] - before["retracted"],
+        "compressed": compressed,
         "p99_ttft_seconds": found["p99_ttft_ms"] / 1000,
         "p99_tpot_seconds": found["p99_tpot_ms"] / 1000,
         "requests_per_second": found["request_throughput"],
@@ -130,8 +141,18 @@ def trial(
     }
 
 
-def retractions(client: Client) -> int:
-    return int(client.metrics().get("sglang:num_retracted_requests_total", 0))
+def counters(client: Client) -> dict[str, int]:
+    """Requests retracted and compressed since the server's start."""
+    metrics = client.metrics()
+    return {
+        "retracted": int(metrics.get("sglang:num_retracted_requests_total", 0)),
+        "compressed": int(metrics.get("sglang:aircache_requests_compressed_total", 0)),
+    }
+
+
+def seed_of(key: Row) -> int:
+    """Of a trial's pictures: no two trials share one, whichever run measures them."""
+    return zlib.crc32(identity(key).encode())
 
 
 def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None:
@@ -159,13 +180,12 @@ def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None
     return low
 
 
-def measure(results: Results, preset: Preset, load: Load, urls: dict[str, str]) -> None:
+def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, Client]) -> None:
     """A burst, then the search for the rate, for stock SGLang and each retention."""
-    seeds = iter(range(1, 10_000))
-    with servers(preset, urls) as running:
+    with servers(preset, clients) as running:
         for retention in SETTINGS:
             cell = Cell(retention, 1, preset.picture_tokens, 0)
-            if urls and cell.policy not in urls:
+            if clients and cell.policy not in clients:
                 continue
 
             def run(rate: float, retention: float | None = retention, cell: Cell = cell) -> Row:
@@ -179,8 +199,7 @@ def measure(results: Results, preset: Preset, load: Load, urls: dict[str, str]) 
                 def measured() -> Row:
                     client = running.of(cell)
                     model = str(client.info()["model_path"])
-                    # No two trials share a picture.
-                    return trial(client, load, model, retention, rate, next(seeds))
+                    return trial(client, load, model, retention, rate, seed_of(key))
 
                 results.measure(key, measured)
                 return next(row for row in results.rows if row["key"] == key)

@@ -9,7 +9,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.records import Row
-from benchmarks.throughput.plan import INSTRUCTION_TOKENS, Cell, Preset
+from benchmarks.throughput.plan import INSTRUCTION_TOKENS, Cell, GateCell, Preset
 from tests.support import Client, LoadWatch, Server, ServerError, png_data_url
 from tests.support.prompts import words
 
@@ -84,23 +84,16 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
     token_cpu_seconds: CPU time of the scheduler process a decode step, which other work on the
         machine disturbs less; only of a server of our own.
     kv_peak, kv_decode: the pool's count at its highest, and its median while all decode.
-    outputs: of all requests, as a hash.
+    outputs: of all requests, as a hash; request_outputs: of each.
     Raises ServerError if a request was not compressed as the cell says and the gate allows, and if
     the requests did not decode together.
     """
     client.flush_cache()
     urls = batch_pictures(preset, cell)
-    sampling: dict[str, Any] = {
-        "max_new_tokens": preset.tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-    }
-    if cell.retention is not None:
-        sampling["custom_params"] = {"aircache": {"retention": cell.retention}}
     body = {
         "text": [prompt(len(urls[0]))] * cell.batch,
         "image_data": urls,
-        "sampling_params": sampling,
+        "sampling_params": sampling(preset.tokens, cell.retention),
     }
     scheduler = scheduler_of(client)
     spent = pass_seconds(client)
@@ -147,10 +140,47 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
         "columns": report["columns"] if report else None,
         "reason": metas[0].get("aircache_reason"),
         "outputs": digest([chunk["output_ids"] for chunk in last]),
+        "request_outputs": [digest(chunk["output_ids"]) for chunk in last],
     }
 
 
-def digest(outputs: list[list[int]]) -> str:
+def sampling(tokens: int, retention: float | None, **overrides: Any) -> dict[str, Any]:
+    """Greedy, to the last token; retention None asks for nothing of ours."""
+    params: dict[str, Any] = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+    if retention is not None:
+        params["custom_params"] = {"aircache": {"retention": retention, **overrides}}
+    return params
+
+
+def run_gate_cell(client: Client, preset: Preset, gate: GateCell) -> Row:
+    """Measure one request.
+
+    total_seconds: from its first forward to its last token, as the server counts it.
+    Raises ServerError if it was not compressed as the gate says.
+    """
+    client.flush_cache()
+    cell = gate.cell()
+    overrides = {} if gate.gate is None else {"gate": gate.gate}
+    [urls] = batch_pictures(preset, cell)
+    answer = client.generate(
+        prompt(len(urls)),
+        images=urls,
+        sampling=sampling(gate.tokens, gate.retention, **overrides),
+    )
+    meta = answer["meta_info"]
+    check_compression(cell, [meta])
+    reason = meta.get("aircache_reason")
+    if gate.gate == "off" and reason is not None:
+        raise ServerError(f"a request was left alone ({reason}) although its gate is off")
+    return {
+        "total_seconds": meta["request_finished_ts"] - meta["forward_entry_time"],
+        "columns": meta["aircache"]["columns"] if meta.get("aircache") else None,
+        "reason": reason,
+        "outputs": digest(answer["output_ids"]),
+    }
+
+
+def digest(outputs: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
 
 

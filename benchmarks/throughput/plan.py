@@ -11,6 +11,7 @@ from aircache_sglang.policy import columns
 from benchmarks.records import Row
 
 INSTRUCTION_TOKENS = 64
+GATE_RETENTION = 0.1
 # Text before the pictures, and what marks each of them.
 HEAD_TOKENS, MARK_TOKENS = 8, 2
 
@@ -26,6 +27,8 @@ class Preset:
     side_by_side: both servers run at once, so that the variants of a cell follow one another; else
         they take turns by the round.
     largest: visual tokens of a whole batch above which a cell is left out.
+    gate_visual, gate_tokens: visual tokens and answers' lengths of the single requests with which
+        `--aircache-gate auto` is compared with `off`; after the sweep.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Preset:
     retentions: Sequence[float] = (1.0, 0.5, 0.1)
     picture_tokens: int = 1024
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gate_visual: Sequence[int] = ()
+    gate_tokens: Sequence[int] = ()
 
     def check(self) -> None:
         """Raise ValueError for sizes that cannot be measured."""
@@ -51,6 +56,15 @@ class Preset:
                 raise ValueError(
                     f"visual tokens must be a multiple of {self.picture_tokens}, got {n}"
                 )
+
+    def about(self) -> Row:
+        """What rows carry of this preset: those of another one cannot stand in the same file."""
+        return {
+            "preset": f"{self.name}: answers of {self.tokens} tokens, "
+            f"pictures of {self.picture_tokens}",
+            "model": "random weights, " + ", ".join(f"{k} {v}" for k, v in self.model.items()),
+            "flags": " ".join(self.flags),
+        }
 
     @property
     def pictures(self) -> int:
@@ -95,9 +109,11 @@ PRESETS = {
             batches=(1, 4, 8),
             visual=(1024, 4096, 8192),
             tokens=97,
-            rounds=2,
+            rounds=3,
             side_by_side=True,
             largest=32_768,
+            gate_visual=(1024, 4096),
+            gate_tokens=(2, 8, 32),
         ),
         Preset(
             "table3",
@@ -134,6 +150,41 @@ class Cell:
 
     def key(self) -> Row:
         return {"benchmark": "serving", "policy": self.policy, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GateCell:
+    """One request with a short answer; gate None is stock SGLang, else `auto` or `off`."""
+
+    gate: str | None
+    visual_tokens: int
+    tokens: int
+    round: int
+
+    @property
+    def retention(self) -> float | None:
+        return None if self.gate is None else GATE_RETENTION
+
+    def key(self) -> Row:
+        return {"benchmark": "gate", "retention": self.retention, **dataclasses.asdict(self)}
+
+    def cell(self) -> Cell:
+        """The cell of the sweep that this is with another length of the answer."""
+        return Cell(self.retention, 1, self.visual_tokens, self.round)
+
+
+def plan_gate(preset: Preset) -> list[GateCell]:
+    """Those of the lengths that the sweep has, the variants of a request one after another."""
+    if 1 not in preset.batches or not preset.side_by_side:
+        return []
+    return [
+        GateCell(gate, n, tokens, round_)
+        for n in preset.gate_visual
+        if n in preset.visual
+        for tokens in preset.gate_tokens
+        for round_ in range(preset.rounds)
+        for gate in (None, "auto", "off")
+    ]
 
 
 def plan(preset: Preset, *, stock: bool = True) -> list[Cell]:

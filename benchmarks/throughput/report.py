@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.records import RESULTS, ROOT, Row, read
@@ -49,6 +50,20 @@ class Line:
         return self.of(name) / median(self.base, name)
 
     @property
+    def speeds(self) -> list[float]:
+        """Of each round the base's prefill + decode over this setting's, which followed it."""
+        return speeds(self.base, self.rows, lambda r: r["prefill_seconds"] + r["decode_seconds"])
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch} x {self.visual_tokens}, {retention_name(self.retention)}"
+
+    @property
+    def bound_share(self) -> float | None:
+        """How much of the time of a step its bytes account for."""
+        return None if self.bound_seconds is None else self.bound_seconds / self.of("token_seconds")
+
+    @property
     def bound_seconds(self) -> float | None:
         """Weights and KV of a step over the bandwidth."""
         size = Bound(self.rows[0], self.batch, self.visual_tokens).bytes
@@ -74,21 +89,95 @@ class Line:
         return self.batch / self.of("token_seconds")
 
 
+def speeds(base: list[Row], rows: list[Row], seconds: Callable[[Row], float]) -> list[float]:
+    """base / rows of each round that both have."""
+    of_base = {row["key"]["round"]: seconds(row) for row in base}
+    return [
+        of_base[row["key"]["round"]] / seconds(row)
+        for row in rows
+        if row["key"]["round"] in of_base
+    ]
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the range over rounds."""
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
+
+
+def retention_name(retention: float | None) -> str:
+    return "stock" if retention is None else f"retention {retention:g}"
+
+
+def half(cells: Cells) -> bool:
+    """Whether rounding depends on a batch's company; so taken where the precision is unknown."""
+    return any(row["dtype"] != "float32" for row in cells.rows)
+
+
+def pairs(cells: Cells, batch: int, visual_tokens: int) -> list[tuple[Row, Row]]:
+    """Stock's row and retention 1's of each round that has both."""
+    at = {"batch": batch, "visual_tokens": visual_tokens}
+    ours = {row["key"]["round"]: row for row in cells.find(**at, retention=1.0)}
+    return [
+        (row, ours[row["key"]["round"]])
+        for row in cells.find(**at, retention=None)
+        if row["key"]["round"] in ours
+    ]
+
+
 def refusal(cells: Cells, batch: int, visual_tokens: int) -> str | None:
-    """Why a cell is not reported: retention 1 did not answer as stock SGLang does.
+    """Why a cell is not reported: retention 1 did not answer as stock SGLang does, or is not known.
 
     In half precision rounding depends on the batch's company: there the single requests decide.
     """
-    half = any(row["dtype"] != "float32" for row in cells.rows)
-    at = {"batch": 1 if half else batch, "visual_tokens": visual_tokens}
-    stock = {row["key"]["round"]: row["outputs"] for row in cells.find(**at, retention=None)}
-    ours = {row["key"]["round"]: row["outputs"] for row in cells.find(**at, retention=1.0)}
-    rounds = stock.keys() & ours.keys()
-    if not rounds and stock:
-        return "refused: retention 1 is not measured"
-    if any(stock[round_] != ours[round_] for round_ in rounds):
+    deciding = pairs(cells, 1 if half(cells) else batch, visual_tokens)
+    if not pairs(cells, batch, visual_tokens):
+        return "refused: retention 1 and stock were not measured in the same round"
+    if not deciding:
+        return "refused: in half precision single requests are compared, and --batch 1 is missing"
+    if any(stock["outputs"] != ours["outputs"] for stock, ours in deciding):
         return "refused: answers at retention 1 differ from stock's"
     return None
+
+
+def same_answers(cells: Cells, batch: int, visual_tokens: int) -> float | None:
+    """The share of requests whose tokens at retention 1 are stock's; None where rows do not say."""
+    found = [
+        a == b
+        for stock, ours in pairs(cells, batch, visual_tokens)
+        for a, b in zip(
+            stock.get("request_outputs", []), ours.get("request_outputs", []), strict=False
+        )
+    ]
+    return statistics.mean(found) if found else None
+
+
+def half_precision_note(cells: Cells) -> Iterator[str]:
+    """What the refusal does not look at: whether larger batches answer as stock's."""
+    shares = [
+        f"{batch} x {n}: {'unknown' if share is None else f'{100 * share:.0f} %'}"
+        for n in sorted(cells.values("visual_tokens"))
+        for batch in sorted(cells.values("batch"))
+        if batch > 1 and pairs(cells, batch, n)
+        for share in [same_answers(cells, batch, n)]
+    ]
+    if half(cells) and shares:
+        yield (
+            "Half precision rounds by a batch's company, so only single requests must answer as "
+            f"stock's. Requests of larger batches that did: {'; '.join(shares)}.\n"
+        )
+
+
+def left_out(rows: list[Row], cells: Cells) -> Iterator[tuple[int, int, str]]:
+    """Cells that no run could hold, with the last reason."""
+    found = {
+        (key["visual_tokens"], key["batch"], key["retention"]): key["reason"]
+        for key in (row["key"] for row in Cells(rows, "left out").rows)
+    }
+    for (n, batch, retention), reason in found.items():
+        if not cells.find(visual_tokens=n, batch=batch, retention=retention):
+            yield batch, n, f"{retention_name(retention)} left out: {reason}"
 
 
 def lines_of(cells: Cells, bandwidth: float | None) -> Iterator[Line | tuple[int, int, str]]:
@@ -104,7 +193,8 @@ def lines_of(cells: Cells, bandwidth: float | None) -> Iterator[Line | tuple[int
             }
             if base not in found:
                 continue
-            reason = refusal(cells, batch, n)
+            # A server given alone is compared with itself.
+            reason = refusal(cells, batch, n) if base is None else None
             if reason is not None:
                 yield batch, n, reason
                 continue
@@ -114,25 +204,73 @@ def lines_of(cells: Cells, bandwidth: float | None) -> Iterator[Line | tuple[int
 
 def tables(rows: list[Row]) -> Iterator[str]:
     cells = Cells(rows, "serving")
-    if not cells.rows:
+    missing = list(left_out(rows, cells))
+    if not cells.rows and not missing:
         return
-    speeds = Cells(rows, "bandwidth").rows
-    bandwidth = speeds[-1]["bytes_per_second"] if speeds else None
-    lines = list(lines_of(cells, bandwidth))
+    lines = [*lines_of(cells, bandwidth_of(rows)), *missing]
     yield "## Servers\n"
-    base = "stock's" if None in cells.values("retention") else "retention 1's"
+    stock = None in cells.values("retention")
+    base = "stock" if stock else "retention 1"
+    bandwidth = bandwidth_of(rows)
     yield (
-        f"Medians over rounds; x is the share of {base} value. *Pass* is the compression pass's "
-        "part of the prefill. *Bound* is the time that reading weights and KV once would take"
+        f"Medians over rounds; x is the share of {base}'s value. *Pass* is the compression pass's "
+        f"part of the prefill. *Speed* is {base}'s prefill + decode over the setting's, compared "
+        "round by round, with its range over the rounds. *Bound* is the time that reading weights "
+        "and KV once would take"
         + (f" at the measured {bandwidth / 1e9:.1f} GB/s" if bandwidth else "")
-        + "; *gain reached* is the share of the possible gain: the time a step lost over the time "
-        "it would have lost had it shrunk as the bytes it reads.\n"
+        + ", *reached* its share of the time per token; *gain reached* is the share of the "
+        "possible gain: the time a step lost over the time it would have lost had it shrunk as "
+        "the bytes it reads.\n"
     )
     head = ["batch x visual tokens", "retention", "prefill, s", "x", "pass", "decode, s"]
-    head += ["ms per token", "x", "CPU, ms", "x", "tokens/s", "bound, ms", "gain reached"]
-    head += ["KV tokens: peak", "in decode"]
+    head += ["ms per token", "x", "CPU, ms", "x", "speed", "tokens/s", "bound, ms", "reached"]
+    head += ["gain reached", "KV tokens: peak", "in decode"]
     yield table(head, [cells_of(line, len(head)) for line in lines])
-    yield from goals([line for line in lines if isinstance(line, Line)])
+    if not stock and cells.rows:
+        yield "No stock server was measured: nobody checked these answers.\n"
+    yield from half_precision_note(cells)
+    gate, gate_speeds = gate_table(rows)
+    yield from gate
+    yield from goals([line for line in lines if isinstance(line, Line)], gate_speeds, base)
+
+
+def bandwidth_of(rows: list[Row]) -> float | None:
+    """Bytes a second; None where servers were given."""
+    found = Cells(rows, "bandwidth").rows
+    return float(found[-1]["bytes_per_second"]) if found else None
+
+
+def gate_table(rows: list[Row]) -> tuple[list[str], dict[str, list[float]]]:
+    """Short answers with the gate and without it; and the speeds with it, by name."""
+    cells = Cells(rows, "gate")
+    lines, found = [], {}
+    for n in cells.values("visual_tokens"):
+        for tokens in cells.values("tokens"):
+            at = {"visual_tokens": n, "tokens": tokens}
+            stock, auto, off = (cells.find(**at, gate=gate) for gate in (None, "auto", "off"))
+            if not stock or not auto or not off:
+                continue
+            alone = all(row["reason"] == "no_gain" for row in auto)
+            answers = {row["outputs"] for row in stock}
+            name = f"{n} visual tokens, answer of {tokens}"
+            if alone and not half(cells) and answers != {row["outputs"] for row in auto}:
+                lines.append([name, "refused: left alone, but its answer differs from stock's"])
+                lines[-1] += ["-"] * 3
+                continue
+            ratios = [speeds(stock, of, lambda row: row["total_seconds"]) for of in (auto, off)]
+            found[f"{name}, gate auto"] = ratios[0]
+            total = f"{median(stock, 'total_seconds'):.2f}"
+            what = "left alone" if alone else "compressed"
+            lines.append([name, what, total, *(spread(ratio) for ratio in ratios)])
+    if not lines:
+        return [], found
+    retention = cells.values("retention")[-1]
+    text = (
+        f"Single requests with short answers at retention {retention:g}: what `auto` does with "
+        "them, and stock's prefill + decode over that of each gate.\n"
+    )
+    head = ["request", "`auto`", "stock, s", "speed, `auto`", "speed, `off`"]
+    return ["## Short answers and the gate\n", text, table(head, lines)], found
 
 
 def cells_of(line: Line | tuple[int, int, str], width: int) -> list[str]:
@@ -141,7 +279,7 @@ def cells_of(line: Line | tuple[int, int, str], width: int) -> list[str]:
         batch, n, reason = line
         return [f"{batch} x {n}", reason, *["-"] * (width - 2)]
     cpu = line.rows[0]["token_cpu_seconds"] is not None
-    bound, gain = line.bound_seconds, line.gain
+    bound, share, gain = line.bound_seconds, line.bound_share, line.gain
     compressed = line.retention not in (None, 1.0)
     counts = [
         f"{median(known, name):.0f}" if (known := [r for r in line.rows if r[name]]) else "-"
@@ -158,21 +296,35 @@ def cells_of(line: Line | tuple[int, int, str], width: int) -> list[str]:
         f"{line.relative('token_seconds'):.2f}",
         milliseconds(line.of("token_cpu_seconds")) if cpu else "-",
         f"{line.relative('token_cpu_seconds'):.2f}" if cpu else "-",
+        "-" if line.rows is line.base else spread(line.speeds),
         f"{line.tokens_per_second:.0f}",
         "-" if bound is None else milliseconds(bound),
+        "-" if share is None else f"{100 * share:.0f} %",
         "-" if gain is None else f"{100 * gain:.0f} %",
         *counts,
     ]
 
 
-def goals(lines: list[Line]) -> Iterator[str]:
+def goals(lines: list[Line], gate: dict[str, list[float]], base: str) -> Iterator[str]:
+    """gate: the speeds of the requests with the gate, by name."""
+    by_name = {line.name: line.speeds for line in lines if line.rows is not line.base} | gate
+    found = {name: values for name, values in by_name.items() if values}
+    if found:
+        slowest = min(found, key=lambda name: statistics.median(found[name]))
+        below = sum(statistics.median(values) < NEVER_SLOWER for values in found.values())
+        yield goal(
+            not below,
+            f"prefill + decode at no cell and setting below {NEVER_SLOWER:g} of {base}'s speed "
+            f"({below} of {len(found)} are; worst {spread(found[slowest])} at {slowest})",
+        )
     compressed = [line for line in lines if line.retention not in (None, 1.0)]
     if not compressed:
         return
     worst = max(line.relative("token_seconds") for line in compressed)
     yield goal(
         worst <= 1 / NEVER_SLOWER,
-        f"no cell below {NEVER_SLOWER:g} of the stock speed in decode (worst {1 / worst:.2f})",
+        f"decode alone, compressed, at no cell below {NEVER_SLOWER:g} of {base}'s speed "
+        f"(worst {1 / worst:.2f})",
     )
     gains = [line.gain for line in compressed if line.gain is not None]
     if gains:
@@ -197,9 +349,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     cells = Cells(rows, "serving")
-    speeds = Cells(rows, "bandwidth").rows
-    bandwidth = speeds[-1]["bytes_per_second"] if speeds else None
-    lines = [line for line in lines_of(cells, bandwidth) if isinstance(line, Line)]
+    lines = [line for line in lines_of(cells, bandwidth_of(rows)) if isinstance(line, Line)]
     if not lines:
         return
     batches = sorted({line.batch for line in lines})
@@ -213,7 +363,7 @@ def plot(path: Path, rows: list[Row]) -> None:
             of = [x for x in lines if x.batch == batch and x.retention == retention]
             if not of:
                 continue
-            name = setting(retention) if retention is None else f"retention {retention:g}"
+            name = retention_name(retention)
             lengths = [line.visual_tokens for line in of]
             style = {"color": f"C{color}"}
             times = [1000 * line.of("token_seconds") for line in of]

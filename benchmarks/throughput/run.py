@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import requests
+import torch
 
-from benchmarks.records import Results
+from benchmarks.records import Results, Row, cpu_name
 from benchmarks.throughput.bound import copy_bandwidth, kv_bytes, read_config, weight_bytes
-from benchmarks.throughput.measure import run_cell, warm_up
-from benchmarks.throughput.plan import Cell, Preset, does_not_fit, plan
+from benchmarks.throughput.measure import run_cell, run_gate_cell, warm_up
+from benchmarks.throughput.plan import Cell, GateCell, Preset, does_not_fit, plan, plan_gate
 from tests.factories import make_qwen2_vl
 from tests.support import Client, Server, ServerError
 
@@ -59,28 +62,47 @@ class Servers:
 
 
 class Remote(Servers):
-    """Servers that already run; `urls` by policy."""
+    """Servers that already run; clients by policy."""
 
-    def __init__(self, preset: Preset, urls: dict[str, str]) -> None:
+    def __init__(self, preset: Preset, clients: Mapping[str, Client]) -> None:
         super().__init__(preset, Path())
-        self._urls = urls
+        self._clients = clients
 
     def _start(self, policy: str) -> Client:
-        client = Client(self._urls[policy], timeout=1800)
+        return self._clients[policy]
+
+
+def connect(urls: Mapping[str, str]) -> dict[str, Client]:
+    """Clients of running servers, by policy; ServerError if one cannot be measured."""
+    clients = {policy: Client(url, timeout=1800) for policy, url in urls.items()}
+    for client in clients.values():
         try:
-            client.get("/v1/models")
-        except (requests.RequestException, ValueError, ServerError):
+            client.info()["model_path"]
+        except (requests.RequestException, ValueError, KeyError, ServerError):
             raise ServerError(f"no SGLang server answers at {client.url}") from None
         if client.request("GET", "/metrics").status_code != 200:
             raise ServerError(f"the server at {client.url} needs --enable-metrics")
-        return client
+    return clients
+
+
+def about(preset: Preset, clients: Mapping[str, Client]) -> Row:
+    """What rows say of the servers: all that measurements in one file must share."""
+    found = preset.about() | {"url": ", ".join(client.url for client in clients.values()) or None}
+    infos = [client.info() for client in clients.values()]
+    if infos:
+        found["model"] = " beside ".join(dict.fromkeys(info["model_path"] for info in infos))
+        found["device"] = f"{infos[0].get('device')} of the server, asked from {cpu_name()}"
+        found |= {"sglang": infos[0].get("version"), "flags": None}
+    elif torch.cuda.is_available():
+        found["device"] = f"{torch.cuda.get_device_name()}, {cpu_name()}"
+    return found
 
 
 @contextlib.contextmanager
-def servers(preset: Preset, urls: dict[str, str]) -> Iterator[Servers]:
-    """Those of `urls`, or ones of our own."""
-    if urls:
-        with Remote(preset, urls) as found:
+def servers(preset: Preset, clients: Mapping[str, Client]) -> Iterator[Servers]:
+    """Those of `clients`, or ones of our own."""
+    if clients:
+        with Remote(preset, clients) as found:
             yield found
         return
     with tempfile.TemporaryDirectory(prefix="aircache-throughput-") as folder:
@@ -88,32 +110,41 @@ def servers(preset: Preset, urls: dict[str, str]) -> Iterator[Servers]:
             yield found
 
 
-def sweep(results: Results, preset: Preset, urls: dict[str, str]) -> None:
+def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> None:
     """Measure what `results` does not have yet; a cell that does not fit is named and left out."""
-    cells = plan(preset, stock=not urls or "none" in urls)
-    missing = [cell for cell in cells if not results.has(cell.key())]
-    if not urls:
+    stock = not clients or "none" in clients
+    cells: list[Cell | GateCell] = list(plan(preset, stock=stock))
+    if stock:
+        cells += plan_gate(preset)
+    if not clients:
         results.measure({"benchmark": "bandwidth"}, copy_bandwidth)
-    said: set[str] = set()
-    with servers(preset, urls) as running:
-        for place, cell in enumerate(cells, start=1):
-            if cell not in missing:
+    with servers(preset, clients) as running:
+        for place, planned in enumerate(cells, start=1):
+            if results.has(planned.key()):
                 continue
+            cell = planned.cell() if isinstance(planned, GateCell) else planned
             client = running.of(cell)
             info = client.info()
             reason = does_not_fit(
                 preset, cell, info["max_total_num_tokens"], info["context_length"] or 2**31
             )
             if reason is not None:
-                if reason not in said:
+                # The reason is in the key: another server may have another one.
+                key = {**dataclasses.asdict(cell), "benchmark": "left out", "reason": reason}
+                del key["round"]
+                if not results.has(key):
                     print(f"left out: {reason}", flush=True)
-                said.add(reason)
+                results.add(key, {})
                 continue
-            shapes = shapes_of(info)
             print(f"[{place}/{len(cells)}] ", end="")
-            results.measure(
-                cell.key(), lambda c=client, cell=cell, s=shapes: run_cell(c, preset, cell) | s
-            )
+            results.measure(planned.key(), functools.partial(measured, client, preset, planned))
+
+
+def measured(client: Client, preset: Preset, cell: Cell | GateCell) -> Row:
+    """The row of a cell, with what the report needs to know of the server."""
+    if isinstance(cell, GateCell):
+        return run_gate_cell(client, preset, cell) | shapes_of(client.info())
+    return run_cell(client, preset, cell) | shapes_of(client.info())
 
 
 def shapes_of(info: dict) -> dict[str, int | str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, *arguments: str) -> str:
-    done = subprocess.run(
+def started(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -34,8 +35,18 @@ def run(module: str, *arguments: str) -> str:
         text=True,
         timeout=280,
     )
+
+
+def run(module: str, *arguments: str) -> str:
+    done = started(module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def fail(module: str, *arguments: str) -> tuple[int, str]:
+    """The exit code and what was said."""
+    done = started(module, *arguments)
+    return done.returncode, done.stderr
 
 
 def test_engine_batch(checkpoint: Path, tmp_path: Path) -> None:
@@ -84,6 +95,35 @@ def test_frontend_program(aircache_server: Server, tmp_path: Path) -> None:
     for picture in pictures:
         assert f"{picture}, title (19/384 visual slots kept): " in printed
         assert f"{picture}, figures (192/384 visual slots kept): " in printed
+
+
+@pytest.mark.parametrize("module", ["examples.frontend_program", "examples.openai_client"])
+def test_clients_end_in_one_sentence(module: str, tmp_path: Path) -> None:
+    """No picture, no server; starts none."""
+    picture = tmp_path / "invoice.png"
+    invoice(rows=24).image().save(picture)
+    with socket.socket() as probe:  # a port that nobody listens on
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        code, said = fail(module, url, str(picture), str(picture))
+    assert code == 1 and said.endswith(f"server answers at {url}.\n")
+    assert said.count("\n") == 1
+    missing = tmp_path / "none.png"
+    code, said = fail(module, url, str(missing), "what must be paid?")
+    assert code == 2 and said.endswith(f"error: {missing} is not a file\n")
+
+
+@pytest.mark.parametrize("module", ["examples.frontend_program", "examples.openai_client"])
+def test_clients_of_stock_sglang(module: str, stock_server: Server, tmp_path: Path) -> None:
+    picture = tmp_path / "invoice.png"
+    invoice(rows=24).image().save(picture)
+    if module == "examples.openai_client":
+        printed = run(module, stock_server.url, str(picture), "what?", "--tokens", "8")
+        assert "all of the visual KV: it runs without --kv-policy aircache." in printed
+    else:
+        more = ("--template", "qwen2-vl", "--tokens", "8")
+        printed = run(module, stock_server.url, str(picture), *more)
+        assert f"{picture}, title (all visual slots kept): " in printed
 
 
 def test_overrides_of_a_frontend_program(aircache_server: Server, tmp_path: Path) -> None:

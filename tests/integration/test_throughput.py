@@ -31,6 +31,8 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
         picture_tokens=64,
         tokens=32,
         rounds=1,
+        gate_visual=(64,),
+        gate_tokens=(2, 32),
     )
     monkeypatch.setitem(plan.PRESETS, "cpu-small", small)
 
@@ -51,15 +53,38 @@ def test_sweep(tmp_path: Path) -> None:
         assert min(row[name] for name in ("prefill_seconds", "decode_seconds")) > 0
         assert row["token_cpu_seconds"] > 0
     assert [rows[1, r]["columns"] for r in (None, 1.0, 0.5, 0.1)] == [None, None, 32, 6]
+    gate = {
+        (row["key"]["gate"], row["key"]["tokens"]): row
+        for row in read(path)
+        if row["key"]["benchmark"] == "gate"
+    }
+    # Two tokens do not pay for the pass.
+    assert {key: (row["reason"], row["columns"]) for key, row in gate.items()} == {
+        **{(None, tokens): (None, None) for tokens in (2, 32)},
+        ("auto", 2): ("no_gain", None),
+        **{key: (None, 6) for key in (("auto", 32), ("off", 2), ("off", 32))},
+    }
+    assert all(0 < row["total_seconds"] < 60 for row in gate.values())
     table = path.with_suffix(".md").read_text()
     assert "| 2 x 64 | 0.1 |" in table and "refused" not in table
+    assert "| 64 visual tokens, answer of 2 | left alone |" in table
 
 
 def test_a_given_server(aircache_server: Server, tmp_path: Path) -> None:
     """Compared with itself at retention 1; its gate is off."""
     path = tmp_path / "rows.jsonl"
     assert main(["--url", aircache_server.url, "--file", str(path)]) == 0
-    assert [row["columns"] for row in read(path)][:3] == [None, 32, 6]
+    rows = read(path)
+    assert [row["columns"] for row in rows][:3] == [None, 32, 6]
+    assert {(row["url"], row["model"]) for row in rows} == {
+        (aircache_server.url, aircache_server.model)
+    }
+    # Another server's rows are not continued with this one's.
+    path.write_text(path.read_text().replace(aircache_server.url, "http://elsewhere"))
+    assert main(["--url", aircache_server.url, "--file", str(path)]) == 2
+    path.write_text(path.read_text().replace("http://elsewhere", aircache_server.url))
+    assert main(["--url", aircache_server.url, "--file", str(path)]) == 0
+    assert len(read(path)) == len(rows)
     assert "x is the share of retention 1's value" in path.with_suffix(".md").read_text()
 
 
@@ -67,7 +92,7 @@ def test_a_server_without_metrics(
     stock_server: Server, aircache_server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     urls = ("--url", aircache_server.url, "--stock-url", stock_server.url)
-    assert main([*urls, "--file", str(tmp_path / "rows.jsonl")]) == 1
+    assert main([*urls, "--file", str(tmp_path / "rows.jsonl")]) == 2
     assert f"the server at {stock_server.url} needs --enable-metrics." in capfd.readouterr().err
 
 
@@ -75,6 +100,6 @@ def test_capacity_trial(aircache_server: Server) -> None:
     """SGLang's own client, offline, with its image data set."""
     load = Load(pictures=1, picture_tokens=64, tokens=8, prompts=4)
     row = trial(aircache_server, load, aircache_server.model, 0.1, float("inf"), seed=1)
-    assert row["prompts"] == 4 and row["retracted"] == 0
+    assert row["prompts"] == row["compressed"] == 4 and row["retracted"] == 0
     assert row["output_tokens_per_second"] > 0
     assert 0 < row["p99_tpot_seconds"] < row["p99_ttft_seconds"] < 60

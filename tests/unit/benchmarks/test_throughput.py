@@ -3,19 +3,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.records import Results
-from benchmarks.throughput.__main__ import main
+from benchmarks.records import Results, read
+from benchmarks.throughput import run
+from benchmarks.throughput.__main__ import default_file, main, parser
 from benchmarks.throughput.bound import kv_bytes, read_config, weight_bytes
-from benchmarks.throughput.capacity import Load, capacity_table, highest_rate
-from benchmarks.throughput.measure import check_compression
-from benchmarks.throughput.plan import PRESETS, Cell, does_not_fit, plan, pool_tokens
+from benchmarks.throughput.capacity import Load, capacity_table, highest_rate, seed_of
+from benchmarks.throughput.measure import check_compression, warm_up
+from benchmarks.throughput.plan import (
+    PRESETS,
+    Cell,
+    GateCell,
+    does_not_fit,
+    plan,
+    plan_gate,
+    pool_tokens,
+)
 from benchmarks.throughput.report import fill_in, report, tables
 from tests.factories import make_qwen2_vl
 from tests.support import ServerError
@@ -25,9 +36,9 @@ SMALL, TABLE3 = PRESETS["cpu-small"], PRESETS["table3"]
 
 def test_the_variants_of_a_cell_take_turns() -> None:
     cells = plan(SMALL)
-    assert len(cells) == 8 * 4 * 2  # without 8 x 8192
-    assert [cell.retention for cell in cells[:8]] == [None, 1.0, 0.5, 0.1] * 2
-    assert [cell.round for cell in cells[:8]] == [0] * 4 + [1] * 4
+    assert len(cells) == 8 * 4 * 3  # without 8 x 8192
+    assert [cell.retention for cell in cells[:12]] == [None, 1.0, 0.5, 0.1] * 3
+    assert [cell.round for cell in cells[:12]] == [0] * 4 + [1] * 4 + [2] * 4
     assert max(cell.batch * cell.visual_tokens for cell in cells) == 32_768
 
 
@@ -40,6 +51,18 @@ def test_servers_that_do_not_fit_side_by_side_take_turns() -> None:
     }
     # A server that is given alone is compared with itself.
     assert all(cell.retention is not None for cell in plan(TABLE3, stock=False))
+
+
+def test_the_gate_is_tried_on_single_requests_of_the_sweep() -> None:
+    cells = plan_gate(SMALL)
+    assert [cell.gate for cell in cells[:6]] == [None, "auto", "off"] * 2
+    assert {(cell.visual_tokens, cell.tokens) for cell in cells} == {
+        (n, tokens) for n in (1024, 4096) for tokens in (2, 8, 32)
+    }
+    assert len({str(cell.key()) for cell in cells}) == len(cells) == 6 * 3 * 3
+    only = dataclasses.replace(SMALL, visual=(4096,))
+    assert {cell.visual_tokens for cell in plan_gate(only)} == {4096}
+    assert plan_gate(dataclasses.replace(SMALL, batches=(8,))) == [] == plan_gate(TABLE3)
 
 
 def test_what_fits() -> None:
@@ -84,6 +107,7 @@ def row(cell: Cell, **changes: Any) -> dict[str, Any]:
         "kv_decode": kept,
         "columns": int(kept) if cell.retention in (0.5, 0.1) else None,
         "outputs": "same",
+        "request_outputs": ["same"] * cell.batch,
         "dtype": "float32",
         "kv_bytes": 6144,
         "weight_bytes": 4_000_000,
@@ -98,13 +122,75 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 def test_tables() -> None:
     cells = [Cell(retention, 4, 8192, 0) for retention in (None, 1.0, 0.5, 0.1)]
     lines = text_of([row(cell) for cell in cells]).splitlines()
-    found = {line.split(" | ")[1]: line.split(" | ") for line in lines if "4 x 8192" in line}
+    found = {line.split(" | ")[1]: line.split(" | ") for line in lines if "| 4 x 8192 |" in line}
     assert list(found) == ["stock", "1", "0.5", "0.1"]
     assert found["0.1"][7] == "0.10"
-    # (4e6 + 4 * (8192 + 76 + 24.5) * 6144 bytes) / 10 GB/s
-    assert found["stock"][11] == "20.8"
+    # (2 + 8.192 s) / (2 + 0.8192 s)
+    assert [found[name][10] for name in found] == [
+        *("-", "1.00 (1.00..1.00)", "1.67 (1.67..1.67)", "3.62 (3.62..3.62)")
+    ]
+    # (4e6 + 4 * (8192 + 76 + 24.5) * 6144 bytes) / 10 GB/s, of 170.7 ms
+    assert found["stock"][12:14] == ["20.8", "12 %"]
     # The step lost 90 % of its time, the bytes 87 %.
-    assert found["0.1"][12] == "103 %"
+    assert found["0.1"][14] == "103 %"
+
+
+def test_the_slowest_setting_counts_round_by_round() -> None:
+    """Rounds drift apart by half; retention 1, prefill and the gate's short answers count."""
+    rows = []
+    for round_, drift in enumerate((1.0, 1.5, 1.0)):
+        for retention in (None, 1.0, 0.1):
+            slower = 1.05 if retention == 1.0 else 1.0
+            rows.append(
+                row(
+                    Cell(retention, 1, 8192, round_),
+                    prefill_seconds=2 * drift * slower,
+                    decode_seconds=drift * slower,
+                )
+            )
+    sentence = (
+        "prefill + decode at no cell and setting below 0.98 of stock's speed "
+        "({} of {} are; worst {} at {})."
+    )
+    worst = ("0.95 (0.95..0.95)", "1 x 8192, retention 1")
+    assert "Goal **missed**: " + sentence.format(1, 2, *worst) in text_of(rows)
+    kept = [r for r in rows if r["key"]["retention"] != 1.0]
+    kept += [row(Cell(1.0, 1, 8192, i), decode_seconds=d) for i, d in ((0, 1), (1, 2.5), (2, 1))]
+    worst = ("1.00 (1.00..1.00)", "1 x 8192, retention 1")
+    assert "Goal met: " + sentence.format(0, 2, *worst) in text_of(kept)
+    name = "1024 visual tokens, answer of 2"
+    text = text_of([*kept, *gate_rows(auto=(1.0, 1.25, 1.25))])
+    worst = ("0.80 (0.80..1.00)", f"{name}, gate auto")
+    assert "Goal **missed**: " + sentence.format(1, 3, *worst) in text
+    assert f"| {name} | left alone | 1.00 | 0.80 (0.80..1.00) | 0.50 (0.50..0.50) |" in text
+
+
+def gate_rows(auto: Sequence[float] = (1.0,), outputs: str = "same") -> list[dict[str, Any]]:
+    """One short request; stock takes a second, `off` two."""
+    of: dict[str | None, tuple[Sequence[float], str | None, str]] = {
+        None: ([1.0] * len(auto), None, "same"),
+        "auto": (auto, "no_gain", outputs),
+        "off": ([2.0] * len(auto), None, "other"),
+    }
+    return [
+        {
+            "key": GateCell(gate, 1024, 2, round_).key(),
+            "total_seconds": total,
+            "reason": reason,
+            "outputs": answer,
+            "dtype": "float32",
+        }
+        for gate, (seconds, reason, answer) in of.items()
+        for round_, total in enumerate(seconds)
+    ]
+
+
+def test_a_request_left_alone_must_answer_as_stock() -> None:
+    sweep_rows = [row(Cell(retention, 1, 8192, 0)) for retention in (None, 1.0)]
+    refused = "refused: left alone, but its answer differs from stock's"
+    assert refused not in text_of([*sweep_rows, *gate_rows()])
+    text = text_of([*sweep_rows, *gate_rows(outputs="other")])
+    assert f"| 1024 visual tokens, answer of 2 | {refused} | - | - | - |" in text
 
 
 @pytest.mark.parametrize(
@@ -122,6 +208,86 @@ def test_a_cell_whose_answers_differ_is_refused(dtype: str, batch: int, refused:
     assert (sentence in text) is refused
     assert (f"| {batch} x 8192 | 0.1 |" in text) is not refused
     assert "| 1 x 8192 | 0.1 |" in text
+
+
+def test_half_precision_needs_single_requests() -> None:
+    """The share of larger batches' requests that answer as stock's is said, not judged."""
+    rows = [row(Cell(r, 4, 8192, 0), dtype="bfloat16") for r in (None, 1.0, 0.1)]
+    rows[1]["request_outputs"] = ["same", "same", "same", "other"]
+    text = text_of(rows)
+    assert "| 4 x 8192 | refused: in half precision single requests are compared, and" in text
+    assert "| 4 x 8192 | 0.1 |" not in text
+    single = [row(Cell(r, 1, 8192, 0), dtype="bfloat16") for r in (None, 1.0, 0.1)]
+    text = text_of([*rows, *single])
+    assert "| 4 x 8192 | 0.1 |" in text
+    assert "batches that did: 4 x 8192: 75 %." in text
+    del rows[0]["request_outputs"]
+    assert "batches that did: 4 x 8192: unknown." in text_of([*rows, *single])
+
+
+def test_rounds_that_do_not_meet_are_nothing_to_compare() -> None:
+    rows = [row(Cell(None, 1, 8192, 0)), row(Cell(1.0, 1, 8192, 1)), row(Cell(0.1, 1, 8192, 0))]
+    text = text_of(rows)
+    assert "refused: retention 1 and stock were not measured in the same round" in text
+    assert "| 1 x 8192 | 0.1 |" not in text
+
+
+class FakeServer:
+    """Answers whatever it is asked with so many prompt tokens; its pool holds 4000."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+
+    def generate(self, *_: object, **__: object) -> Any:
+        return {"meta_info": {"prompt_tokens": self.prompt_tokens}}
+
+    def info(self) -> Any:
+        return {
+            "max_total_num_tokens": 4000,
+            "context_length": None,
+            "model_path": "elsewhere",
+            "dtype": "float32",
+        }
+
+
+def test_a_model_without_images() -> None:
+    with pytest.raises(ServerError, match="the model takes no images"):
+        warm_up(FakeServer(prompt_tokens=70), SMALL, [None])  # type: ignore[arg-type]
+
+
+def test_a_cell_left_out_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until some run can hold it; the others are measured."""
+
+    class Running:
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> Running:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def of(self, _: Cell) -> FakeServer:
+            return FakeServer(0)
+
+    monkeypatch.setattr(run, "servers", Running)
+    monkeypatch.setattr(run, "run_cell", lambda client, preset, cell: row(cell))
+    path = tmp_path / "rows.jsonl"
+    small = dataclasses.replace(SMALL, batches=(1, 4), visual=(1024,), gate_visual=(), rounds=2)
+    given: Any = {"none": None, "aircache": None}
+    run.sweep(Results(path), small, given)
+    report(path)
+    text = path.with_suffix(".md").read_text()
+    reason = "4 x 1024 visual tokens need 4780 tokens of KV, the server's pool holds 4000"
+    assert text.count("left out: 4 x 1024") == 4 and "| 1 x 1024 | 0.1 |" in text
+    assert f"| 4 x 1024 | stock left out: {reason} | -" in text
+    # Tried again, and not written twice.
+    lines = len(path.read_text().splitlines())
+    run.sweep(Results(path), small, given)
+    assert len(path.read_text().splitlines()) == lines
+    monkeypatch.setattr(run, "does_not_fit", lambda *_: None)
+    run.sweep(Results(path), small, given)
+    report(path)
+    assert "left out" not in path.with_suffix(".md").read_text()
 
 
 def test_a_mislabelled_cell_is_not_measured() -> None:
@@ -151,6 +317,19 @@ def test_highest_rate(limit: float) -> None:
 def test_no_rate() -> None:
     assert highest_rate(lambda _: False, 1.0) is None
     assert highest_rate(lambda _: True, 1.0) == 64
+
+
+def test_pictures_of_a_trial() -> None:
+    """Follow its key, not the order of trials: a resumed run must not see a picture again."""
+    keys = [
+        {"benchmark": "capacity", "retention": retention, "visual_tokens": 8192, "rate": rate}
+        for retention in (None, 0.5, 0.1)
+        for rate in ("burst", 0.25, 0.125)
+    ]
+    seeds = [seed_of(key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert seeds == [seed_of(dict(reversed(key.items()))) for key in keys]
+    assert all(0 <= seed < 2**32 for seed in seeds)  # what numpy takes
 
 
 def test_capacity_table() -> None:
@@ -184,6 +363,7 @@ def test_capacity_table() -> None:
 def test_no_server_is_one_sentence_and_keeps_the_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also where no row is missing, and with --fresh."""
     path = tmp_path / "rows.jsonl"
     results = Results(path)
     for retention in (1.0, 0.1):
@@ -192,14 +372,114 @@ def test_no_server_is_one_sentence_and_keeps_the_rows(
     with socket.socket() as probe:  # a port that nobody listens on
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        assert main(["--url", url, "--file", str(path)]) == 1
-    said = capsys.readouterr()
-    assert said.err == (
-        f"The benchmark stopped: no SGLang server answers at {url}. What it has measured is kept.\n"
-    )
+        capsys.readouterr()
+        for more in ([], ["--batch", "1", "--visual", "1024", "--rounds", "1"], ["--fresh"]):
+            assert main(["--url", url, "--file", str(path), *more]) == 2
+            said = capsys.readouterr()
+            assert said.err == f"Nothing was measured: no SGLang server answers at {url}.\n"
+            assert said.out == ""
     assert len(path.read_text().splitlines()) == 2
-    assert "| 1 x 1024 | 0.1 |" in path.with_suffix(".md").read_text()
+
+
+def test_a_run_that_fails_keeps_and_shows_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(results: Results, *_: object) -> None:
+        for retention in (None, 1.0, 0.1):
+            cell = Cell(retention, 1, 1024, 0)
+            results.measure(cell.key(), lambda cell=cell: row(cell))
+        raise ServerError("the server exited with code 1\nits log")
+
+    monkeypatch.setattr(run, "sweep", fails)
+    path = tmp_path / "rows.jsonl"
+    assert main(["--file", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        "its log\nThe benchmark stopped: the server exited with code 1. "
+        "What it has measured is kept.\n"
+    )
+    text = path.with_suffix(".md").read_text()
+    assert "| 1 x 1024 | 0.1 |" in text
+    assert "- preset: cpu-small: answers of 97 tokens, pictures of 1024\n" in text
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_rows_of_something_else_are_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "sweep", lambda *_: None)
+    path = tmp_path / "rows.jsonl"
+    ways = "--fresh drops them, --file names another file"
+
+    def refuses(name: str, before: str, now: str) -> None:
+        content = path.read_bytes()
+        assert main(["--file", str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"Nothing was measured: {path} has rows of {name} {before}, "
+            f"this run's is {now}: {ways}.\n"
+        )
+        assert path.read_bytes() == content
+
+    mine = Results(path, run.about(SMALL, {}))
+    mine.add({"benchmark": "other"}, {"load": 0.0})
+    whole = json.loads(path.read_text())
+
+    def write(**changes: Any) -> None:
+        path.write_text(json.dumps(whole | changes) + "\n")
+        capsys.readouterr()
+
+    write(device="a large machine")
+    refuses("device", "a large machine", whole["device"])
+    write(sglang="0.4")
+    refuses("sglang", "0.4", whole["sglang"])
+    write(preset="table3")
+    refuses("preset", "table3", whole["preset"])
+    write(model="random weights, layers 28")
+    refuses("model", "random weights, layers 28", whole["model"])
+    write(url="http://127.0.0.1:30000")
+    refuses("url", "http://127.0.0.1:30000", "none")
+    # Another commit goes on and is listed; so do rows from before the preset was written down.
+    write(git="0123")
+    assert main(["--file", str(path)]) == 0 and "- git: 0123\n" in capsys.readouterr().out
+    whole = {name: whole[name] for name in whole if name not in ("preset", "model", "flags", "url")}
+    write()
+    assert main(["--file", str(path)]) == 0
+    write(device="a large machine")
+    assert main(["--file", str(path), "--fresh"]) == 1  # nothing is left, and nothing was measured
+    assert not path.exists()
+
+
+def test_what_rows_say_of_a_given_server() -> None:
+    class Given(FakeServer):
+        url = "http://127.0.0.1:30000"
+
+        def info(self) -> Any:
+            return super().info() | {"device": "cuda", "version": "0.5.23"}
+
+    said = run.about(SMALL, {"aircache": Given(0)})  # type: ignore[dict-item]
+    assert said["url"] == Given.url and said["model"] == "elsewhere"
+    assert said["device"].startswith("cuda of the server, asked from ")
+    parse = parser().parse_args
+    own, other = default_file(parse([])), default_file(parse(["--url", Given.url]))
+    assert own.name == "throughput-cpu-small.jsonl"
+    assert other.name == "throughput-cpu-small-127.0.0.1-30000.jsonl"
+
+
+def test_half_a_row_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    cells = [Cell(0.1, 1, 1024, round_) for round_ in (0, 1)]
+    for cell in cells:
+        Results(path).measure(cell.key(), lambda cell=cell: row(cell))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])  # killed within the write
+    assert [found["key"] for found in read(path)] == [cells[0].key()]
+    report(path)
+    results = Results(path)
+    assert results.has(cells[0].key()) and not results.has(cells[1].key())
+    results.measure(cells[1].key(), lambda: row(cells[1]))
+    assert [found["key"] for found in read(path)] == [cell.key() for cell in cells]
+    path.write_bytes(b"{half\n" + whole)
+    with pytest.raises(ValueError, match=f"line 1 of {path} is not JSON"):
+        Results(path)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +492,7 @@ def test_no_server_is_one_sentence_and_keeps_the_rows(
 def test_bad_sizes(
     argv: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*argv, "--file", str(tmp_path / "rows.jsonl")]) == 1
+    assert main([*argv, "--file", str(tmp_path / "rows.jsonl")]) == 2
     assert sentence in capsys.readouterr().err
 
 
