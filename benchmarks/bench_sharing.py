@@ -34,6 +34,9 @@ POOL = 4096
 PICTURE_SIDE = 20  # 400 visual tokens
 RETENTION = 0.1
 PARTS = ("pin", "questions", "shared", "chats")
+
+Turn = tuple[list[int], int]  # the tokens of a prompt and its answer, and the prompt's length
+
 FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(POOL)),
     *("--max-running-requests", "64", "--enable-cache-report"),
@@ -163,13 +166,33 @@ WORKLOADS: dict[str, Callable[[Workload], None]] = {
 }
 
 
-def pin(share: float | None) -> Row:
-    """Hit tokens of the tree alone with one bound on pinned text, text and picture tokens apart.
+def pin_trace() -> list[Turn]:
+    """1500 requests: half continue one of 60 texts, half ask about one of 30 pictures.
 
-    None stands for SGLang's own tree.
+    Texts have 40 to 400 tokens and a question of their own, pictures 400; both zipf-like.
+    """
+    from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 
-    1500 requests one after another: half continue one of 60 texts (zipf-like, 40 to 400 tokens, a
-    question of their own), half ask about one of 30 pictures of 400 tokens.
+    rng = random.Random(0)
+    lengths = [rng.randint(40, 400) for _ in range(60)]
+    trace = []
+    for number in range(1500):
+        if rng.random() < 0.5:
+            which = min(int(rng.paretovariate(0.6)) - 1, 59)
+            ids = [1000 * which + i for i in range(lengths[which])]
+            ids += [100_000 + 50 * number + i for i in range(30)]
+        else:
+            which = min(int(rng.paretovariate(0.6)) - 1, 29)
+            pads = [MM_PAD_SHIFT_VALUE + 10 * which + i % 4 for i in range(400)]
+            ids = [7, 8, *pads, *(100_000 + 50 * number + i for i in range(12))]
+        trace.append((ids, len(ids)))
+    return trace
+
+
+def replay(trace: Sequence[Turn], share: float | None, size: int) -> Row:
+    """Hit tokens of the tree alone, text and pictures apart; requests come one after another.
+
+    share: the bound on pinned text; None stands for SGLang's own tree. size: slots of the pool.
     """
     import torch
     from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
@@ -181,23 +204,14 @@ def pin(share: float | None) -> Row:
     from aircache_sglang.runtime.metrics import Metrics
     from aircache_sglang.runtime.tree import SpanTree
 
-    allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+    allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, False)
     params = CacheInitParams(False, None, allocator, 1)  # type: ignore[arg-type]
     tree = RadixCache(params) if share is None else SpanTree(params, share, Metrics(None))
-    rng = random.Random(0)
-    lengths = [rng.randint(40, 400) for _ in range(60)]
     hits = {"text": 0, "visual": 0}
-    for number in range(1500):
-        if rng.random() < 0.5:
-            which = min(int(rng.paretovariate(0.6)) - 1, 59)
-            ids = [1000 * which + i for i in range(lengths[which])]
-            ids += [100_000 + 50 * number + i for i in range(30)]
-        else:
-            which = min(int(rng.paretovariate(0.6)) - 1, 29)
-            pads = [MM_PAD_SHIFT_VALUE + 10 * which + i % 4 for i in range(400)]
-            ids = [7, 8, *pads, *(100_000 + 50 * number + i for i in range(12))]
-        key = RadixKey(array("q", ids), limit=len(ids) - 1)
-        found = tree.match_prefix(MatchPrefixParams(key=key))
+    for ids, prompt_len in trace:
+        key = RadixKey(array("q", ids))
+        wanted = RadixKey(key.token_ids, limit=prompt_len - 1)
+        found = tree.match_prefix(MatchPrefixParams(key=wanted))
         length = found.device_prefix_len
         for token in ids[:length]:
             hits["visual" if token >= MM_PAD_SHIFT_VALUE else "text"] += 1
@@ -206,8 +220,17 @@ def pin(share: float | None) -> Row:
         slots = allocator.alloc(len(ids) - length)
         assert slots is not None
         path = torch.cat([tree.path_device_indices(found.last_device_node), slots])
-        # Nothing is evicted between match and insert: what was no hit is new.
-        known = tree.insert(InsertParams(key=RadixKey(array("q", ids)), value=path)).prefix_len
+        # Nothing is evicted between match and insert: what was no hit is new, but for an answer.
+        if isinstance(tree, SpanTree):
+            done = tree.publish(key, path, prompt_len=prompt_len)
+            known = done.duplicates[-1][1] if done.duplicates else 0
+        else:
+            known = tree.insert(InsertParams(key=key, value=path)).prefix_len
+            # As SGLang does, so that an answer goes without its prompt.
+            prompt = InsertParams(
+                key=key[:prompt_len], value=path[:prompt_len], inserted_len=prompt_len
+            )
+            tree.insert(prompt)
         allocator.free(path[length : max(known, length)])
         tree.unlock(lock)
     return {"hit_tokens_text": hits["text"], "hit_tokens_visual": hits["visual"]}
@@ -216,7 +239,7 @@ def pin(share: float | None) -> Row:
 def measure(parts: Sequence[str], write: Callable[[Row, Row], None]) -> None:
     if "pin" in parts:
         for share in (None, 0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0):
-            write({"part": "pin", "share": share}, pin(share))
+            write({"part": "pin", "share": share}, replay(pin_trace(), share, POOL))
     chosen = [part for part in parts if part in WORKLOADS]
     if not chosen:
         return

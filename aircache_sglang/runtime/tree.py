@@ -70,6 +70,7 @@ class Node(TreeNode):
     replica: the packed node at or above this one, None in the exact namespace.
     content: what a packed node holds; None for the others.
     place: the node's key among its parent's children.
+    end: tokens from the root to the node's last.
     packed: packed children, by variant and first token.
     spare: full KV of a picture that has been read once, to pack a replica that is in the tree.
     below_picture: a visual node stands above it, and a match reaches it only through that one.
@@ -82,6 +83,7 @@ class Node(TreeNode):
         self.replica: Node | None = None
         self.content: Replica | None = None
         self.place: Hashable = None
+        self.end = 0
         self.packed: dict[Hashable, list[Node]] = {}
         self.spare = False
         self.below_picture = False
@@ -161,7 +163,7 @@ class SpanTree(RadixCache):
     """SGLang's Python radix cache (mem_cache/radix_cache.py) with kinds, tombstones and replicas.
 
     evictable + protected = the slots that the tree owns; a tombstone counts 0.
-    text_bound: slots of unlocked pinned text above which text is evicted before visual KV.
+    text_bound: slots of unlocked pinned text up to which visual KV is evicted before text.
     """
 
     root_node: Node
@@ -348,6 +350,7 @@ class SpanTree(RadixCache):
 
     def _attach(self, parent: Node, child: Node, place: Hashable) -> None:
         child.parent, child.place = parent, place
+        child.end = parent.end + len(child.key)
         if child.replica is None:
             child.replica = parent.replica
         child.below_picture = parent.below_picture or parent.kind is Kind.VISUAL
@@ -374,6 +377,7 @@ class SpanTree(RadixCache):
         upper.creation_time = child.creation_time
         upper.spare, upper.below_picture = child.spare, child.below_picture
         upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
+        upper.end = child.end - len(child.key) + split_len
         upper.key, child.key = child.key[:split_len], child.key[split_len:]
         if child.value is not None:
             upper.value = child.value[:split_len].clone()
@@ -434,8 +438,8 @@ class SpanTree(RadixCache):
         """Free at least `num_tokens` slots, if that many are evictable.
 
         Pictures that only served to pack a replica go first, then all else that yields, by SGLang's
-        strategy, then generated text, then prompts, leaves before what they follow. Pinned text
-        above its bound goes before all.
+        strategy, then generated text, then prompts, leaves before what they follow. While pinned
+        text is above its bound, SGLang's strategy decides alone.
         """
         if self.disable:
             return EvictResult()
@@ -445,7 +449,7 @@ class SpanTree(RadixCache):
             heaps.push(node)
         freed = 0
         while freed < params.num_tokens:
-            candidate = heaps.pop(text_first=self.unlocked_text > self.text_bound)
+            candidate = heaps.pop(by_kind=self.unlocked_text <= self.text_bound)
             if candidate is None:
                 break
             freed += candidate.size
@@ -569,15 +573,15 @@ class _Heaps:
         else:
             heap = self._prompts if node.kind is Kind.PROMPT else self._generated
         priority = (not node.spare, self._strategy.get_priority(node))
-        # What was used together with a picture goes before it.
-        heapq.heappush(heap, (priority, node.kind is Kind.VISUAL, node.id, node))
+        # A request's nodes were used at one time, and without the upper ones no match gets lower.
+        heapq.heappush(heap, (priority, -node.end, node.id, node))
 
-    def pop(self, *, text_first: bool) -> Node | None:
-        text = (self._generated, self._prompts)
-        for heap in (*text, self._yielding) if text_first else (self._yielding, *text):
-            if heap:
-                return heapq.heappop(heap)[-1]
-        return None
+    def pop(self, *, by_kind: bool) -> Node | None:
+        """The next to go: of the first class that is not empty, or of all three."""
+        heaps = [heap for heap in (self._yielding, self._generated, self._prompts) if heap]
+        if not heaps:
+            return None
+        return heapq.heappop(heaps[0] if by_kind else min(heaps, key=lambda heap: heap[0]))[-1]
 
 
 def _segment(key: RadixKey, offset: int, prompt_len: int) -> tuple[Kind, int]:

@@ -356,6 +356,18 @@ def kinds(world: World) -> list[tuple[str, int, int]]:
     return [(node.label, len(node.key), node.size) for node, _ in world.tree.nodes()]
 
 
+def evicted(world: World, times: int) -> list[Ids]:
+    """The tokens of the nodes that go, one slot asked for at a time."""
+    order = []
+    for _ in range(times):
+        left = {node: node.key.raw_token_ids() for node, _ in world.tree.nodes() if node.size}
+        world.tree.evict(EvictParams(num_tokens=1))
+        held = {node for node, _ in world.tree.nodes() if node.size}
+        order += [tuple(left[node]) for node in left.keys() - held]
+        world.check()
+    return order
+
+
 def test_nodes_are_cut_at_span_edges() -> None:
     world = World()
     complete(world, (*HEAD, *CAT, 3, *DOG, 4, 5), (6, 7))
@@ -448,17 +460,36 @@ def test_eviction_order() -> None:
     assert not kinds(world)
 
 
-def test_text_above_its_bound_goes_before_pictures() -> None:
+def test_text_above_its_bound_is_pinned_no_more() -> None:
+    """The least recently used goes: here a picture, then text, then the picture used last."""
     world = World()
-    bound = int(TEXT_SHARE * POOL)
     for _ in range(2):
         complete(world, (*HEAD, *CAT, 3, 4))
-    complete(world, tuple(range(10, 10 + bound)), mode="plain")
-    world.tree.evict(EvictParams(num_tokens=1))
-    assert world.counts["prompt"] == 2 and not world.counts["visual"]
-    world.tree.evict(EvictParams(num_tokens=1))
-    # 4 tokens of the first prompt are gone or not, and the bound holds: now the picture.
-    assert world.tree.unlocked_text <= bound
+    complete(world, tuple(range(10, 26)), mode="plain")
+    for _ in range(2):
+        complete(world, (30, *DOG, 5, 6))
+    assert world.tree.unlocked_text > TEXT_SHARE * POOL
+    # Below a picture the two questions are text like any other.
+    assert evicted(world, 6) == [(3, 4), CAT, HEAD, tuple(range(10, 26)), DOG, (5, 6)]
+
+
+def test_a_picture_yields_before_text_within_its_bound() -> None:
+    world = World()
+    for _ in range(2):
+        complete(world, (*HEAD, *CAT, 3, 4))
+    complete(world, tuple(range(10, 15)), mode="plain")
+    complete(world, (30, *DOG, 5, 6))
+    assert world.tree.unlocked_text <= TEXT_SHARE * POOL
+    assert evicted(world, 4) == [CAT, (5, 6), DOG, (3, 4)]
+
+
+def test_of_a_prompts_pictures_the_last_goes_first() -> None:
+    """Used at one time; behind a tombstone nothing would be a hit."""
+    world = World()
+    ids = (*HEAD, *CAT, 3, *DOG, 4, 5)
+    complete(world, ids)
+    assert evicted(world, 2) == [(4, 5), DOG]
+    assert complete(world, ids) == len(HEAD) + len(CAT) + 1
 
 
 def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
@@ -469,14 +500,7 @@ def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
     complete(world, (*HEAD, *CAT, 6, 6))
     # A question that two requests asked stays, however old: pinned text.
     complete(world, (*HEAD, *CAT, 5, 5))
-    order = []
-    for _ in range(6):
-        left = {node: node.key.raw_token_ids() for node, _ in world.tree.nodes() if node.size}
-        world.tree.evict(EvictParams(num_tokens=1))
-        held = {node for node, _ in world.tree.nodes() if node.size}
-        order += [tuple(left[node]) for node in left.keys() - held]
-        world.check()
-    assert order == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
+    assert evicted(world, 6) == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
 
 
 def test_the_instruction_alone_is_computed_anew() -> None:
