@@ -914,6 +914,13 @@ class RadixMachine(RuleBasedStateMachine):
     def arrive(self, ids: Ids, answer: list[int], settings: dict[str, Any]) -> None:
         self.begin(self.request(ids, tuple(answer), settings))
 
+    @rule(ids=prompts(), more=st.lists(TEXT, min_size=1, max_size=2), settings=SETTINGS)
+    @precondition(lambda self: len(self.world.running) < ROWS - 1)
+    def two_turns_at_once(self, ids: Ids, more: list[int], settings: dict[str, Any]) -> None:
+        """Both may be packed, and the first one's answer then reaches further than the second."""
+        self.begin(self.request(ids, (*more, 1, 2), settings))
+        self.begin(self.request((*ids, *more), (1,), settings))
+
     @rule(
         more=st.lists(TEXT, min_size=1, max_size=3),
         data=st.data(),
