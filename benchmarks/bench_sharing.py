@@ -378,8 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         replace(arguments.file, whole)
         print(key, row, flush=True)
 
-    measure(arguments.only or PARTS, write)
-    for what, met in goals(read(arguments.file)):
+    parts = arguments.only or PARTS
+    measure(parts, write)
+    for what, met in goals([row for row in read(arguments.file) if row["key"]["part"] in parts]):
         print("met   " if met else "missed", what)
     return 0
 

@@ -123,11 +123,12 @@ class Node(TreeNode):
 
     @property
     def name(self) -> str:
-        """Which picture a visual node begins, or which variant a replica is; else empty."""
+        """Which picture a visual node begins with, or which variant a replica is; else empty."""
         if self.content is not None:
             return "/".join(str(part) for part in self.content.variant)
-        # A picture's placeholders are drawn from its hash.
-        return f"{self.key.token_ids[0]:x}" if self.kind is Kind.VISUAL else ""
+        # A picture's placeholders are four values in turn, drawn from its hash; a chunk may have
+        # cut it anywhere.
+        return f"{min(self.key.token_ids[:4]):x}" if self.kind is Kind.VISUAL else ""
 
     def describe(self, depth: int, now: float) -> dict[str, Any]:
         """The node as JSON; now: seconds of the clock of `last_access_time`."""

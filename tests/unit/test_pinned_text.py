@@ -105,6 +105,12 @@ def test_pinning_spares_text_that_pictures_pass_by() -> None:
     assert hits == sorted(hits) and hits[-1] > 1.1 * hits[0]
 
 
+def test_text_alone_without_a_bound_loses_recent_answers_to_stale_prompts() -> None:
+    trace = text_chats(random.Random(0))
+    hits = [replay(trace, share, POOL)["hit_tokens_text"] for share in (None, 0.5, 1.0)]
+    assert hits[0] == hits[1] > hits[2]
+
+
 def test_pictures_of_a_prompt_yield_from_its_end() -> None:
     """What is left of a prompt is then a hit."""
     trace = pictures_between_texts(random.Random(0))

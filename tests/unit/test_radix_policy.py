@@ -391,6 +391,19 @@ def test_nodes_are_cut_at_span_edges() -> None:
     ]
 
 
+def test_both_parts_of_a_cut_picture_have_its_name() -> None:
+    world = World()
+    req = make_request((*HEAD, *picture(1, 9), 3, 4), (), "exact")
+    world.match(req)
+    assert world.extend(req, 7)
+    world.tree.checkpoint(req, up_to=7)
+    assert run_prefill(world, req)
+    world.release(req, checkpoint=True)
+    visual = [node for node, _ in world.tree.nodes() if node.kind is Kind.VISUAL]
+    assert [len(node.key) for node in visual] == [5, 4]
+    assert {node.name for node in visual} == {f"{picture(1)[0]:x}"}
+
+
 def test_uncompressed_answers_are_generated_text_until_a_prompt_holds_them() -> None:
     world = World()
     complete(world, (1, 2, 3), (4, 5), mode="plain")
@@ -914,12 +927,20 @@ class RadixMachine(RuleBasedStateMachine):
     def arrive(self, ids: Ids, answer: list[int], settings: dict[str, Any]) -> None:
         self.begin(self.request(ids, tuple(answer), settings))
 
-    @rule(ids=prompts(), more=st.lists(TEXT, min_size=1, max_size=2), settings=SETTINGS)
+    @rule(
+        ids=prompts(),
+        more=st.lists(TEXT, max_size=2),
+        settings=SETTINGS,
+        selections=st.tuples(st.booleans(), st.booleans()),
+    )
     @precondition(lambda self: len(self.world.running) < ROWS - 1)
-    def two_turns_at_once(self, ids: Ids, more: list[int], settings: dict[str, Any]) -> None:
+    def two_turns_at_once(
+        self, ids: Ids, more: list[int], settings: dict[str, Any], selections: tuple[bool, bool]
+    ) -> None:
         """Both may be packed, and the first one's answer then reaches further than the second."""
-        self.begin(self.request(ids, (*more, 1, 2), settings))
-        self.begin(self.request((*ids, *more), (1,), settings))
+        first, second = ({**settings, "return_selection": wanted} for wanted in selections)
+        self.begin(self.request(ids, (*more, 1, 2), first))
+        self.begin(self.request((*ids, *more), (1,), second))
 
     @rule(
         more=st.lists(TEXT, min_size=1, max_size=3),
