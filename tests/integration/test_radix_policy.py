@@ -210,8 +210,10 @@ def test_everything_is_evicted_and_refilled(server: Server, reference: Reference
             answers = list(pool.map(lambda i: question(server, asked[i]), order))
         for index, answer in zip(order, answers, strict=True):
             assert_equal(answer, expected[index])
-    # One after another, so that a picture is evicted before its text and then prefilled again.
-    for index in (0, 9, 10, 3, 0, 11, 12, 3):
+    tree(server)
+    server.flush_cache()
+    # A question asked twice is pinned; its picture yields to others, and is then prefilled again.
+    for index in (0, 0, *range(3, 10), 0):
         assert_equal(question(server, asked[index]), expected[index])
     after = tree(server)["totals"]
     grown = {name: after[name] - before[name] for name in after}
@@ -365,11 +367,8 @@ def test_a_dump_while_a_request_decodes(server: Server) -> None:
     assert said == sorted(said) and 0 < said[0] < said[-1] <= 600
     for pool, held in running:
         assert pool["evictable"] == info["aircache"]["visual_tokens"]
-        assert [(node["kind"], node["locks"]) for node in held] == [
-            ("prompt", 1),
-            ("visual", 0),
-            ("prompt", 1),
-        ]
+        locks = {(node["kind"], node["locks"]) for node in held}
+        assert locks == {("prompt", 1), ("visual", 0)}
 
 
 def test_the_console_draws_the_tree(server: Server) -> None:
