@@ -167,7 +167,7 @@ class AirCacheConfig:
         turn leaves for the next one.
     gate: `auto` leaves a request alone whose answer is too short to save what the pass costs
         (runtime/gate.py); `off` compresses it all the same.
-    pin_text: share of the KV pool above which cached text yields before visual KV (server only).
+    pin_text: share of the KV pool up to which cached text outlasts visual KV (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
     """

@@ -236,8 +236,8 @@ class Compressor:
         """Open a record, and allocate its slots, for each prefill that ends in this batch."""
         for req in batch.reqs:
             row, replica = req.kv.req_pool_idx, req.last_node.replica
-            # Once for each life of a request: its first chunk.
-            if req.extend_batch_idx == 1 and req.prefix_len:
+            # Once a prompt, as SGLang counts `cached_tokens`: its first chunk before a retraction.
+            if req.extend_batch_idx == 1 and req.prefix_len and not req.retracted_stain:
                 self.metrics.hit(req.prefix_len, compressed=replica is not None)
             if replica is not None:
                 if row not in self.records:

@@ -8,6 +8,9 @@ from typing import Any
 
 from aircache_sglang.runtime.record import CompressionRecord
 
+# What an eviction takes: `Node.label` of runtime/tree.py.
+LABELS = ("visual", "packed", "lossy", "generated", "prompt")
+
 
 class Metrics:
     """Counts of one scheduler process; silent where SGLang's metrics are off.
@@ -18,7 +21,9 @@ class Metrics:
     def __init__(self, labels: dict[str, str] | None) -> None:
         self._labels = labels
         # What the tree's dump reports, with SGLang's metrics or without (cache_view.py).
-        self.totals: collections.Counter[str] = collections.Counter()
+        names = ["hit_tokens_exact", "hit_tokens_compressed", "refilled_slots"]
+        names += [f"evicted_slots_{label}" for label in LABELS]
+        self.totals: collections.Counter[str] = collections.Counter(dict.fromkeys(names, 0))
         if labels is None:
             return
         # Imported after SGLang has set PROMETHEUS_MULTIPROC_DIR, as its own collectors are.

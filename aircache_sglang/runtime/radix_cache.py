@@ -185,7 +185,7 @@ class AirCacheRadixCache(SpanTree):
             self._hold(req, head, prompt.start, text_only=False)
         else:
             record.shared = True
-            self.mark_spare(exact)
+            self.mark_spare(exact, node)
             self._hold(req, node, prompt.length, text_only=False)
 
     def _free_visual(self, req: Any, record: CompressionRecord) -> None:

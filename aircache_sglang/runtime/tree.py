@@ -70,8 +70,9 @@ class Node(TreeNode):
     replica: the packed node at or above this one, None in the exact namespace.
     content: what a packed node holds; None for the others.
     place: the node's key among its parent's children.
+    end: tokens from the root to the node's last.
     packed: packed children, by variant and first token.
-    spare: full KV of a picture that has been read once, to pack a replica that is in the tree.
+    read_by: the replica that a picture's full KV was read for, while nobody else has read it.
     below_picture: a visual node stands above it, and a match reaches it only through that one.
     """
 
@@ -82,8 +83,9 @@ class Node(TreeNode):
         self.replica: Node | None = None
         self.content: Replica | None = None
         self.place: Hashable = None
+        self.end = 0
         self.packed: dict[Hashable, list[Node]] = {}
-        self.spare = False
+        self.read_by: Node | None = None
         self.below_picture = False
 
     @property
@@ -101,6 +103,11 @@ class Node(TreeNode):
         return self.replica is not None
 
     @property
+    def is_spare(self) -> bool:
+        """Whether a replica in the tree serves all that this full KV has served so far."""
+        return self.read_by is not None and not self.read_by.is_tombstone
+
+    @property
     def yields(self) -> bool:
         """Whether the node goes before any pinned text.
 
@@ -116,11 +123,12 @@ class Node(TreeNode):
 
     @property
     def name(self) -> str:
-        """Which picture a visual node begins, or which variant a replica is; else empty."""
+        """Which picture a visual node begins with, or which variant a replica is; else empty."""
         if self.content is not None:
             return "/".join(str(part) for part in self.content.variant)
-        # A picture's placeholders are drawn from its hash.
-        return f"{self.key.token_ids[0]:x}" if self.kind is Kind.VISUAL else ""
+        # A picture's placeholders are four values in turn, drawn from its hash; a chunk may have
+        # cut it anywhere.
+        return f"{min(self.key.token_ids[:4]):x}" if self.kind is Kind.VISUAL else ""
 
     def describe(self, depth: int, now: float) -> dict[str, Any]:
         """The node as JSON; now: seconds of the clock of `last_access_time`."""
@@ -161,7 +169,7 @@ class SpanTree(RadixCache):
     """SGLang's Python radix cache (mem_cache/radix_cache.py) with kinds, tombstones and replicas.
 
     evictable + protected = the slots that the tree owns; a tombstone counts 0.
-    text_bound: slots of unlocked pinned text above which text is evicted before visual KV.
+    text_bound: slots of unlocked pinned text up to which visual KV is evicted before text.
     """
 
     root_node: Node
@@ -198,6 +206,8 @@ class SpanTree(RadixCache):
     ) -> MatchResult | None:
         """The longest match that runs through a packed replica of the tokens from `start` on.
 
+        Of two that reach as far, the one with more of its text computed beside the full picture.
+
         min_end: the replica has to reach this position. with_selection: and know its selection.
         """
         if self.disable or start >= len(key):
@@ -205,17 +215,18 @@ class SpanTree(RadixCache):
         head, length = self._follow(self.root_node, _limited(key, start), 0)
         if length < start:
             return None
-        best: Node | None = None
+        best, furthest = None, (0, 0)
         for node in head.packed.get((variant, key.child_key_at(start)), ()):
             size = len(node.key)
             assert node.content is not None
             if (
                 start + size >= min_end
-                and (best is None or size > len(best.key))
                 and not (with_selection and node.content.selected is None)
                 and node.key.match_at(key, start) == size
             ):
-                best = node
+                below = sum(matched for _, matched in self._walk(node, key, start + size))
+                if (size + below, size) > furthest:
+                    best, furthest = node, (size + below, size)
         if best is None:
             return None
         return self._found(*self._follow(best, key, start + len(best.key)))
@@ -224,17 +235,27 @@ class SpanTree(RadixCache):
         """Walk from `node` along key[offset:] through nodes with slots: (last node, length)."""
         now = time.monotonic()
         node.last_access_time = now
+        for child, matched in self._walk(node, key, offset):
+            child.last_access_time = now
+            child.read_by = None
+            offset += matched
+            if matched < len(child.key):
+                return self._split_node(child.key, child, matched), offset
+            node = child
+        return node, offset
+
+    @staticmethod
+    def _walk(node: Node, key: RadixKey, offset: int) -> Iterator[tuple[Node, int]]:
+        """The nodes with slots below `node` along key[offset:], and how much of each matches."""
         while offset < len(key):
             child = node.children.get(key.child_key_at(offset))
             if child is None or child.is_tombstone:
-                break
+                return
             matched = child.key.match_at(key, offset)
-            child.last_access_time = now
-            child.spare = False
+            yield child, matched
             if matched < len(child.key):
-                return self._split_node(child.key, child, matched), offset + matched
+                return
             node, offset = child, offset + matched
-        return node, offset
 
     @staticmethod
     def _found(node: Node, length: int) -> MatchResult:
@@ -326,12 +347,15 @@ class SpanTree(RadixCache):
     def add_packed(self, head: Node, key: RadixKey, start: int, replica: Replica) -> Node | None:
         """Hang a replica of key[start:] below `head`, which ends at `start`.
 
-        The tree then owns the replica's slots. None if the same replica is there already.
+        The tree then owns the replica's slots. None if the same replica is there already, and
+        knows its selection if the new one does.
         """
         index = (replica.variant, key.child_key_at(start))
         siblings = head.packed.setdefault(index, [])
         for other in siblings:
-            if len(other.key) == len(key) - start == other.key.match_at(key, start):
+            assert other.content is not None
+            same = len(other.key) == len(key) - start == other.key.match_at(key, start)
+            if same and (replica.selected is None or other.content.selected is not None):
                 return None
         node = Node(Kind.PACKED)
         node.key, node.value, node.content = key[start:], replica.slots, replica
@@ -340,14 +364,16 @@ class SpanTree(RadixCache):
         self._attach(head, node, ("packed", node.id))
         return node
 
-    def mark_spare(self, node: Node) -> None:
+    def mark_spare(self, node: Node, replica: Node) -> None:
         """Let pictures on the path to `node` go before their replica, unless others read them."""
         while node is not self.root_node:
-            node.spare = node.kind is Kind.VISUAL and node.hit_count <= 1
+            alone = node.kind is Kind.VISUAL and node.hit_count <= 1
+            node.read_by = replica if alone else None
             node = node.parent
 
     def _attach(self, parent: Node, child: Node, place: Hashable) -> None:
         child.parent, child.place = parent, place
+        child.end = parent.end + len(child.key)
         if child.replica is None:
             child.replica = parent.replica
         child.below_picture = parent.below_picture or parent.kind is Kind.VISUAL
@@ -372,8 +398,9 @@ class SpanTree(RadixCache):
         upper.hit_count, upper.lock_ref = child.hit_count, child.lock_ref
         upper.last_access_time = child.last_access_time
         upper.creation_time = child.creation_time
-        upper.spare, upper.below_picture = child.spare, child.below_picture
+        upper.read_by, upper.below_picture = child.read_by, child.below_picture
         upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
+        upper.end = child.end - len(child.key) + split_len
         upper.key, child.key = child.key[:split_len], child.key[split_len:]
         if child.value is not None:
             upper.value = child.value[:split_len].clone()
@@ -434,8 +461,8 @@ class SpanTree(RadixCache):
         """Free at least `num_tokens` slots, if that many are evictable.
 
         Pictures that only served to pack a replica go first, then all else that yields, by SGLang's
-        strategy, then generated text, then prompts, leaves before what they follow. Pinned text
-        above its bound goes before all.
+        strategy, then generated text, then prompts, leaves before what they follow. While pinned
+        text is above its bound, SGLang's strategy decides alone.
         """
         if self.disable:
             return EvictResult()
@@ -445,7 +472,7 @@ class SpanTree(RadixCache):
             heaps.push(node)
         freed = 0
         while freed < params.num_tokens:
-            candidate = heaps.pop(text_first=self.unlocked_text > self.text_bound)
+            candidate = heaps.pop(by_kind=self.unlocked_text <= self.text_bound)
             if candidate is None:
                 break
             freed += candidate.size
@@ -568,16 +595,16 @@ class _Heaps:
             heap = self._yielding
         else:
             heap = self._prompts if node.kind is Kind.PROMPT else self._generated
-        priority = (not node.spare, self._strategy.get_priority(node))
-        # What was used together with a picture goes before it.
-        heapq.heappush(heap, (priority, node.kind is Kind.VISUAL, node.id, node))
+        priority = (not node.is_spare, self._strategy.get_priority(node))
+        # A request's nodes were used at one time, and without the upper ones no match gets lower.
+        heapq.heappush(heap, (priority, -node.end, node.id, node))
 
-    def pop(self, *, text_first: bool) -> Node | None:
-        text = (self._generated, self._prompts)
-        for heap in (*text, self._yielding) if text_first else (self._yielding, *text):
-            if heap:
-                return heapq.heappop(heap)[-1]
-        return None
+    def pop(self, *, by_kind: bool) -> Node | None:
+        """The next to go: of the first class that is not empty, or of all three."""
+        heaps = [heap for heap in (self._yielding, self._generated, self._prompts) if heap]
+        if not heaps:
+            return None
+        return heapq.heappop(heaps[0] if by_kind else min(heaps, key=lambda heap: heap[0]))[-1]
 
 
 def _segment(key: RadixKey, offset: int, prompt_len: int) -> tuple[Kind, int]:

@@ -91,7 +91,7 @@ class AirCacheServerArgs(ServerArgs):
     ] = _DEFAULT.gate
     aircache_pin_text: A[
         float,
-        "Share of the KV pool above which cached text yields before visual KV, 0 <= SHARE <= 1.",
+        "Share of the KV pool up to which cached text outlasts visual KV, 0 <= SHARE <= 1.",
         NS("memory"),
     ] = _DEFAULT.pin_text
 

@@ -107,6 +107,7 @@ class FakeReq:
         self.last_node: Any = None
         self.prefix_len = self.extend_end = self.extend_batch_idx = 0
         self.finished_len: int | None = None
+        self.retracted_stain = False
         self.phase = Phase.WAITING
 
     @property
@@ -289,6 +290,7 @@ class World:
         kv.cache_protected_len = kv.cache_inserted_len = kv.kv_committed_len = 0
         req.lock = req.last_node = None
         req.prefix_len = req.extend_end = req.extend_batch_idx = 0
+        req.retracted_stain = True
         req.phase = Phase.WAITING
 
     def run(self, req: FakeReq, steps: int = 0) -> FakeReq:
@@ -681,6 +683,24 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
     world.finish(req)
     world.check()
     assert world.free_or_evictable() == 80
+
+
+def test_hits_are_counted_once_a_prompt() -> None:
+    """As SGLang's `cached_tokens`: neither later chunks nor the life after a retraction."""
+    world = World(80)
+    totals = world.compressor.metrics.totals
+    ids, spans = pictures((12, 1))
+    world.finish(world.run(world.submit([*ids, 7, 8, 9], spans)))
+    assert totals["hit_tokens_exact"] == 0
+    req = world.submit([*ids, 7, 8, 9], spans)
+    while req.phase in (Phase.WAITING, Phase.CHUNKED):
+        assert world.prefill(req, 2)
+    world.result(req)
+    assert totals["hit_tokens_exact"] == len(ids)
+    world.retract(req)
+    world.run(req)
+    assert req.prefix_len and totals["hit_tokens_exact"] == len(ids)
+    world.finish(req)
 
 
 @with_reuse

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,10 @@ class Request:
     def everything(self) -> Ids:
         return self.prompt + self.answer
 
+    def prefix(self, length: int) -> tuple[str | None, Ids]:
+        """What the KV of the token at `length` - 1 depends on."""
+        return self.extra_key, self.everything[:length]
+
 
 class World:
     """Tree, allocator and requests, with the labels of the slots."""
@@ -120,7 +125,8 @@ class World:
         self.rows = Rows()
         kv = torch.zeros(2, POOL + 1, 1, 1)
         table: Any = None  # the tree does not read it
-        self.cells = Cells(kv, kv, self.rows.req_to_token, table, table, 1.0)
+        heads: Any = SimpleNamespace(gather_heads=lambda selected: selected)
+        self.cells = Cells(kv, kv, self.rows.req_to_token, table, heads, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
         self.surplus: dict[int, torch.Tensor] = {}
@@ -171,7 +177,7 @@ class World:
 
     def match(self, req: Request) -> None:
         """init_next_round_input, and the lock of the admission."""
-        key = RadixKey(req.full_untruncated_fill_ids, limit=len(req.fill) - 1)
+        key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, limit=len(req.fill) - 1)
         found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
         req.last_node, req.prefix_len = found.last_device_node, found.device_prefix_len
         req.lock = self.tree.lock(req.last_node)
@@ -211,7 +217,7 @@ class World:
         record = self.record(req)
         packed = None if record is None else record.intent.config.variant()
         for position, slot in zip(range(begin, end), slots.tolist(), strict=True):
-            self.label[slot] = (packed, req.everything[: position + 1])
+            self.label[slot] = (packed, req.prefix(position + 1))
         return True
 
     def run_pass(self, req: Request) -> bool:
@@ -232,7 +238,7 @@ class World:
         )
         self.records[row] = record
         for j, slot in enumerate(record.columns.tolist()):
-            self.label[slot] = ("column", intent.config.variant(), req.prompt, j)
+            self.label[slot] = ("column", intent.config.variant(), req.prefix(prompt.length), j)
         if intent.n_copies:
             between = originals[prompt.between_positions()]
             for source, slot in zip(between.tolist(), record.copies.tolist(), strict=True):
@@ -260,28 +266,28 @@ class World:
 
     def check_row(self, req: Request) -> None:
         row = self.rows.req_to_token[req.kv.req_pool_idx].tolist()
-        ids, length, record = req.everything, req.kv.kv_committed_len, self.record(req)
+        length, record = req.kv.kv_committed_len, self.record(req)
         if record is None:
             for position in range(length):
-                assert self.label[row[position]] == (None, ids[: position + 1])
+                assert self.label[row[position]] == (None, req.prefix(position + 1))
             return
         prompt, variant = record.intent.prompt, record.intent.config.variant()
         for position in range(prompt.start):
-            assert self.label[row[position]] == (None, ids[: position + 1])
+            assert self.label[row[position]] == (None, req.prefix(position + 1))
         m = record.intent.columns
-        head = ids[: prompt.length]
+        head = req.prefix(prompt.length)
         for j in range(m):
             assert self.label[row[prompt.start + j]] == ("column", variant, head, j)
         assert row[prompt.start : prompt.start + m] == record.columns.tolist()
         gap_end = prompt.start + prompt.n_visual
         assert not any(row[prompt.start + m : gap_end])
         for j, position in enumerate(prompt.between_positions().tolist()):
-            assert self.label[row[gap_end + j]] == (None, ids[: position + 1])
+            assert self.label[row[gap_end + j]] == (None, req.prefix(position + 1))
         exact_end = len(req.prompt) if not record.exact_tail else self.prefilled(req)
         exact_end = prompt.length if record.reused else exact_end
         for position in range(prompt.end, length):
             lossy = None if position < exact_end else variant
-            assert self.label[row[position]] == (lossy, ids[: position + 1]), position
+            assert self.label[row[position]] == (lossy, req.prefix(position + 1)), position
 
     def prefilled(self, req: Request) -> int:
         return req.prefill_end  # type: ignore[attr-defined, no-any-return]
@@ -306,14 +312,19 @@ class World:
 
 
 def make_request(
-    ids: Ids, answer: Ids, mode: str, retention: float = 0.34, **settings: Any
+    ids: Ids,
+    answer: Ids,
+    mode: str,
+    retention: float = 0.34,
+    extra_key: str | None = None,
+    **settings: Any,
 ) -> Request:
     prompt = layout(ids)
     intent = None
     if mode != "plain" and prompt is not None:
         config = AirCacheConfig(retention=retention, reuse=mode, **settings)
         intent = Intent(config, prompt, max(1, round(retention * prompt.n_visual)))
-    return Request(ids, answer, intent)
+    return Request(ids, answer, intent, extra_key=extra_key)
 
 
 def run_prefill(world: World, req: Request) -> bool:
@@ -356,6 +367,18 @@ def kinds(world: World) -> list[tuple[str, int, int]]:
     return [(node.label, len(node.key), node.size) for node, _ in world.tree.nodes()]
 
 
+def evicted(world: World, times: int) -> list[Ids]:
+    """The tokens of the nodes that go, one slot asked for at a time."""
+    order = []
+    for _ in range(times):
+        left = {node: node.key.raw_token_ids() for node, _ in world.tree.nodes() if node.size}
+        world.tree.evict(EvictParams(num_tokens=1))
+        held = {node for node, _ in world.tree.nodes() if node.size}
+        order += [tuple(left[node]) for node in left.keys() - held]
+        world.check()
+    return order
+
+
 def test_nodes_are_cut_at_span_edges() -> None:
     world = World()
     complete(world, (*HEAD, *CAT, 3, *DOG, 4, 5), (6, 7))
@@ -366,6 +389,19 @@ def test_nodes_are_cut_at_span_edges() -> None:
         ("visual", 3, 3),
         ("prompt", 2, 2),
     ]
+
+
+def test_both_parts_of_a_cut_picture_have_its_name() -> None:
+    world = World()
+    req = make_request((*HEAD, *picture(1, 9), 3, 4), (), "exact")
+    world.match(req)
+    assert world.extend(req, 7)
+    world.tree.checkpoint(req, up_to=7)
+    assert run_prefill(world, req)
+    world.release(req, checkpoint=True)
+    visual = [node for node, _ in world.tree.nodes() if node.kind is Kind.VISUAL]
+    assert [len(node.key) for node in visual] == [5, 4]
+    assert {node.name for node in visual} == {f"{picture(1)[0]:x}"}
 
 
 def test_uncompressed_answers_are_generated_text_until_a_prompt_holds_them() -> None:
@@ -448,17 +484,36 @@ def test_eviction_order() -> None:
     assert not kinds(world)
 
 
-def test_text_above_its_bound_goes_before_pictures() -> None:
+def test_text_above_its_bound_is_pinned_no_more() -> None:
+    """The least recently used goes: here a picture, then text, then the picture used last."""
     world = World()
-    bound = int(TEXT_SHARE * POOL)
     for _ in range(2):
         complete(world, (*HEAD, *CAT, 3, 4))
-    complete(world, tuple(range(10, 10 + bound)), mode="plain")
-    world.tree.evict(EvictParams(num_tokens=1))
-    assert world.counts["prompt"] == 2 and not world.counts["visual"]
-    world.tree.evict(EvictParams(num_tokens=1))
-    # 4 tokens of the first prompt are gone or not, and the bound holds: now the picture.
-    assert world.tree.unlocked_text <= bound
+    complete(world, tuple(range(10, 26)), mode="plain")
+    for _ in range(2):
+        complete(world, (30, *DOG, 5, 6))
+    assert world.tree.unlocked_text > TEXT_SHARE * POOL
+    # Below a picture the two questions are text like any other.
+    assert evicted(world, 6) == [(3, 4), CAT, HEAD, tuple(range(10, 26)), DOG, (5, 6)]
+
+
+def test_a_picture_yields_before_text_within_its_bound() -> None:
+    world = World()
+    for _ in range(2):
+        complete(world, (*HEAD, *CAT, 3, 4))
+    complete(world, tuple(range(10, 15)), mode="plain")
+    complete(world, (30, *DOG, 5, 6))
+    assert world.tree.unlocked_text <= TEXT_SHARE * POOL
+    assert evicted(world, 4) == [CAT, (5, 6), DOG, (3, 4)]
+
+
+def test_of_a_prompts_pictures_the_last_goes_first() -> None:
+    """Used at one time; behind a tombstone nothing would be a hit."""
+    world = World()
+    ids = (*HEAD, *CAT, 3, *DOG, 4, 5)
+    complete(world, ids)
+    assert evicted(world, 2) == [(4, 5), DOG]
+    assert complete(world, ids) == len(HEAD) + len(CAT) + 1
 
 
 def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
@@ -469,14 +524,7 @@ def test_questions_that_one_request_asked_go_before_pictures_in_use() -> None:
     complete(world, (*HEAD, *CAT, 6, 6))
     # A question that two requests asked stays, however old: pinned text.
     complete(world, (*HEAD, *CAT, 5, 5))
-    order = []
-    for _ in range(6):
-        left = {node: node.key.raw_token_ids() for node, _ in world.tree.nodes() if node.size}
-        world.tree.evict(EvictParams(num_tokens=1))
-        held = {node for node, _ in world.tree.nodes() if node.size}
-        order += [tuple(left[node]) for node in left.keys() - held]
-        world.check()
-    assert order == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
+    assert evicted(world, 6) == [(3, 3), DOG, (4, 4), (6, 6), CAT, (5, 5)]
 
 
 def test_the_instruction_alone_is_computed_anew() -> None:
@@ -522,6 +570,60 @@ def test_replicas_outlive_pictures_that_nobody_else_read() -> None:
         gone = left - {node for node, _ in world.tree.nodes()}
         order += [(node.label, node.key.token_ids[0] if node.key else 0) for node in gone]
     assert order == [("visual", DOG[0]), ("lossy", 5), ("packed", DOG[0])]
+
+
+def test_a_picture_is_as_good_as_any_once_its_replica_is_gone() -> None:
+    world = World()
+    complete(world, (*HEAD, *CAT, 3, 4), mode="compressed")
+    (replica,) = (node for node, _ in world.tree.nodes() if node.kind is Kind.PACKED)
+    cat = next(node for node, _ in world.tree.nodes() if node.kind is Kind.VISUAL)
+    assert cat.is_spare
+    world.tree._evict_node(replica)
+    assert not cat.is_spare
+    complete(world, (9, *DOG, 3, 4))
+    cat.last_access_time = float("inf")
+    assert evicted(world, 3) == [(3, 4), DOG, CAT]
+
+
+def test_the_replica_that_reaches_furthest_is_extended() -> None:
+    """Not the one with the longest prompt of its own."""
+    world = World()
+    turn, second = (*HEAD, *CAT, 3, 4), (*HEAD, *CAT, 3, 4, 5, 6)
+    # Both are packed, since neither is there when the other is matched.
+    both = [make_request(ids, (5, 6, 7, 8), "compressed") for ids in (turn, second)]
+    for req in both:
+        world.match(req)
+        assert run_prefill(world, req)
+    for req in both:
+        world.tree.checkpoint(req, up_to=len(req.fill))
+    first, _ = both
+    for position in range(4):
+        first.n_out = position + 1
+        assert world.extend(first, len(first.fill))
+    for req in both:
+        world.release(req, checkpoint=True)
+    world.check()
+    assert sum(kind == "packed" for kind, *_ in kinds(world)) == 2
+    nodes = len(kinds(world))
+    assert complete(world, (*second, 7, 8, 9), mode="compressed") == len(second) + 2
+    assert len(kinds(world)) == nodes + 1, "the other replica is left as it was"
+    # Where both reach as far, the one with more of its text from beside the picture.
+    assert complete(world, (*second, 1, 1), mode="compressed") == len(second)
+    packed = [node for node, _ in world.tree.nodes() if node.kind is Kind.PACKED]
+    assert len(max(packed, key=lambda node: len(node.key)).children) == 1
+
+
+def test_a_replica_without_a_selection_gets_one_with_it_beside() -> None:
+    world = World()
+    turn = (*HEAD, *CAT, 3, 4)
+    complete(world, turn, mode="compressed")
+    for hit in (len(HEAD) + len(CAT), len(turn)):
+        again = (*turn, 5) if hit == len(turn) else turn
+        assert complete(world, again, mode="compressed", return_selection=True) == hit
+    assert sum(kind == "packed" for kind, *_ in kinds(world)) == 2
+    # One that does not ask for a selection packs no third.
+    assert complete(world, (*turn, 6), mode="compressed") == len(turn)
+    assert sum(kind == "packed" for kind, *_ in kinds(world)) == 2
 
 
 @pytest.mark.parametrize("mode", ["plain", "exact"])
@@ -622,35 +724,97 @@ def test_without_a_tree() -> None:
         assert world.allocator.available_size() == POOL
 
 
-class Model:
-    """The tree as dictionaries: a slot for each token's prefix, None where it was evicted."""
+class Namespace:
+    """A slot for each token's prefix behind the first `start`, None where it was evicted."""
 
-    def __init__(self) -> None:
-        self.exact: dict[Ids, int | None] = {}
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
+        self.slots: dict[Ids, int | None] = {}
 
     def match(self, ids: Ids) -> int:
-        length = 0
-        while length < len(ids) and self.exact.get(ids[: length + 1]) is not None:
+        length = self.start
+        while length < len(ids) and self.slots.get(ids[: length + 1]) is not None:
             length += 1
         return length
 
     def insert(self, ids: Ids, slots: list[int]) -> None:
-        for length, slot in enumerate(slots, 1):
-            if self.exact.get(ids[:length]) is None:
-                self.exact[ids[:length]] = slot
+        """slots: of the tokens behind `start`."""
+        for length, slot in enumerate(slots, self.start + 1):
+            if self.slots.get(ids[:length]) is None:
+                self.slots[ids[:length]] = slot
 
     def evict(self, slots: set[int]) -> None:
-        gone = {key for key, slot in self.exact.items() if slot in slots}
+        gone = {key for key, slot in self.slots.items() if slot in slots}
         for key in gone:
-            self.exact[key] = None
+            self.slots[key] = None
         # What has no slot stays for as long as something follows it; text never does.
-        for key in sorted(self.exact, key=len, reverse=True):
-            if self.exact[key] is None and not self.followed(key):
-                del self.exact[key]
-        assert all(is_visual(key[-1]) for key in gone if key in self.exact), "text left a hole"
+        for key in sorted(self.slots, key=len, reverse=True):
+            if self.slots[key] is None and not self.followed(key):
+                del self.slots[key]
+        assert all(is_visual(key[-1]) for key in gone if key in self.slots), "text left a hole"
 
     def followed(self, key: Ids) -> bool:
-        return any(len(k) == len(key) + 1 and k[:-1] == key for k in self.exact)
+        return any(len(k) == len(key) + 1 and k[:-1] == key for k in self.slots)
+
+    def held(self) -> set[int]:
+        return {slot for slot in self.slots.values() if slot is not None}
+
+
+@dataclasses.dataclass(eq=False)
+class PackedPrompt:
+    """A replica: the prompt that it stands for, its slots, and the text that follows it."""
+
+    variant: Any
+    prompt: Ids
+    knows_selection: bool
+    slots: set[int]
+    below: Namespace
+
+    def held(self) -> set[int]:
+        return self.slots | self.below.held()
+
+
+class Model:
+    """The tree of one `extra_key`: exact KV by tokens, and the replicas by variant and prompt."""
+
+    def __init__(self) -> None:
+        self.exact = Namespace()
+        self.replicas: list[PackedPrompt] = []  # oldest first
+
+    def match(self, ids: Ids, intent: Intent | None) -> tuple[int, PackedPrompt | None]:
+        """How many tokens are a hit, and through which replica."""
+        if intent is None:
+            return self.exact.match(ids), None
+        found = [
+            replica
+            for replica in self.replicas
+            if intent.reuses
+            and replica.variant == intent.config.variant()
+            and replica.prompt == ids[: len(replica.prompt)]
+            and len(replica.prompt) >= intent.prompt.end
+            and (replica.knows_selection or not intent.config.return_selection)
+        ]
+        if not found:
+            return self.exact.match(ids[: intent.match_limit]), None
+        best = max(found, key=lambda r: (r.below.match(ids), len(r.prompt)))
+        return best.below.match(ids), best
+
+    def add(self, new: PackedPrompt) -> bool:
+        """False if there is such a replica already, which knows as much."""
+        for old in self.replicas:
+            same = (old.variant, old.prompt) == (new.variant, new.prompt)
+            if same and old.knows_selection >= new.knows_selection:
+                return False
+        self.replicas.append(new)
+        return True
+
+    def evict(self, slots: set[int]) -> None:
+        self.exact.evict(slots)
+        for replica in list(self.replicas):
+            replica.below.evict(slots)
+            if replica.slots & slots:
+                assert replica.slots <= slots and not replica.below.slots, "a replica is whole"
+                self.replicas.remove(replica)
 
 
 TEXT = st.integers(1, 2)
@@ -665,16 +829,31 @@ def prompts(draw: st.DrawFn) -> Ids:
     return ids + tuple(draw(st.lists(TEXT, min_size=1, max_size=5)))
 
 
+SETTINGS = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["plain", "exact", "compressed", "compressed"]),
+        "retention": st.sampled_from([0.34, 0.67]),
+        "extra_key": st.sampled_from([None, None, "adapter"]),
+        "return_selection": st.booleans(),
+    }
+)
+
+
 class RadixMachine(RuleBasedStateMachine):
     """Requests in any order of their steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.world = World()
-        self.model = Model()
-        self.past: list[tuple[Ids, str]] = []
+        self.forget()
+        self.past: list[tuple[Ids, dict[str, Any]]] = []
         # Between the launch of a prefill and its result.
         self.launched: list[Request] = []
+
+    def forget(self) -> None:
+        self.models = {None: Model(), "adapter": Model()}
+        # The replica that a running request holds.
+        self.held: dict[Request, PackedPrompt | None] = {}
 
     def pick(self, data: st.DataObject, requests: list[Request]) -> Request:
         return requests[data.draw(st.integers(0, len(requests) - 1))]
@@ -683,16 +862,17 @@ class RadixMachine(RuleBasedStateMachine):
         return [req for req in self.world.running if req not in self.launched]
 
     def begin(self, req: Request) -> None:
-        """Match, then check the hit against the model."""
-        world, model = self.world, self.model
-        world.match(req)
-        self.reconcile()
-        if world.record(req) is None:
-            limit = len(req.fill) - 1
-            if req.intent is not None:
-                limit = min(limit, req.intent.match_limit)
-            assert req.prefix_len == model.match(req.fill[:limit])
+        self.match(req)
         self.launch(req)
+
+    def match(self, req: Request) -> None:
+        """Match, then check the hit against the model."""
+        self.world.match(req)
+        self.reconcile()
+        model = self.models[req.extra_key]
+        length, self.held[req] = model.match(req.fill[:-1], req.intent)
+        assert req.prefix_len == length
+        assert (self.world.record(req) is None) == (self.held[req] is None)
 
     def launch(self, req: Request) -> None:
         """The rest of the prefill, or an abort for lack of memory."""
@@ -706,43 +886,90 @@ class RadixMachine(RuleBasedStateMachine):
         """Carry what was evicted into the model."""
         gone, self.world.freed = set(self.world.freed), []
         held = set(self.world.tree.all_values_flatten().tolist())
-        self.model.evict(gone - held)
+        for model in self.models.values():
+            model.evict(gone - held)
 
     def publish(self, req: Request, up_to: int) -> None:
         """Carry into the model what a checkpoint inserts."""
-        record, model = self.world.record(req), self.model
+        record, model = self.world.record(req), self.models[req.extra_key]
         row = self.world.rows.req_to_token[req.kv.req_pool_idx].tolist()
         if record is None:
             if req.intent is not None:
                 intent = req.intent
                 up_to = min(up_to, intent.prompt.end if intent.reuses else intent.prompt.length)
-            model.insert(req.fill[:up_to], row[:up_to])
-        elif record.stage is Stage.PREFILLED:
-            prompt = record.intent.prompt
+            model.exact.insert(req.fill[:up_to], row[:up_to])
+            return
+        prompt, config = record.intent.prompt, record.intent.config
+        if record.stage is Stage.PREFILLED:
             end = prompt.end if record.intent.reuses else prompt.length
-            slots = record.originals.tolist() + row[prompt.end : end]
-            model.insert(req.prompt[:end], slots)
+            model.exact.insert(req.prompt[:end], record.originals.tolist() + row[prompt.end : end])
+            if record.intent.reuses:
+                slots = {*record.extra.tolist(), *row[prompt.end : prompt.length]}
+                packed = PackedPrompt(
+                    config.variant(),
+                    req.prompt,
+                    config.return_selection,
+                    slots,
+                    Namespace(prompt.length),
+                )
+                self.held[req] = packed if model.add(packed) else None
+        replica = self.held[req]
+        if replica is not None and not record.exact_tail:
+            replica.below.insert(req.fill[:up_to], row[len(replica.prompt) : up_to])
 
-    @rule(ids=prompts(), answer=st.lists(TEXT, min_size=1, max_size=4), data=st.data())
+    def request(self, ids: Ids, answer: Ids, settings: dict[str, Any]) -> Request:
+        req = make_request(ids, answer, **settings)
+        req.settings = settings  # type: ignore[attr-defined]
+        return req
+
+    @rule(ids=prompts(), answer=st.lists(TEXT, min_size=1, max_size=4), settings=SETTINGS)
     @precondition(lambda self: len(self.world.running) < ROWS)
-    def arrive(self, ids: Ids, answer: list[int], data: st.DataObject) -> None:
-        mode = data.draw(st.sampled_from(["plain", "exact", "compressed", "compressed"]))
-        self.begin(make_request(ids, tuple(answer), mode))
+    def arrive(self, ids: Ids, answer: list[int], settings: dict[str, Any]) -> None:
+        self.begin(self.request(ids, tuple(answer), settings))
 
-    @rule(more=st.lists(TEXT, min_size=1, max_size=3), data=st.data())
+    @rule(
+        ids=prompts(),
+        more=st.lists(TEXT, max_size=2),
+        settings=SETTINGS,
+        selections=st.tuples(st.booleans(), st.booleans()),
+    )
+    @precondition(lambda self: len(self.world.running) < ROWS - 2)
+    def two_turns_at_once(
+        self, ids: Ids, more: list[int], settings: dict[str, Any], selections: tuple[bool, bool]
+    ) -> None:
+        """Both may be packed; the first one's answer then reaches further than the second."""
+        first, second = ({**settings, "return_selection": wanted} for wanted in selections)
+        twins = [
+            self.request(ids, (*more, 1, 2), first),
+            self.request((*ids, *more), (1,), second),
+        ]
+        for req in twins:
+            self.begin(req)
+        for req in twins:
+            if req in self.launched:
+                self.settle(req)
+        if twins[0] in self.world.running:
+            for _ in twins[0].answer:
+                self.step(twins[0])
+            self.end(twins[0])
+        self.begin(self.request((*ids, *more, 1, 1), (1,), second))
+
+    @rule(
+        more=st.lists(TEXT, min_size=1, max_size=3),
+        data=st.data(),
+        other=st.none() | SETTINGS,
+    )
     @precondition(lambda self: self.past and len(self.world.running) < ROWS)
-    def follow_up(self, more: list[int], data: st.DataObject) -> None:
-        ids, mode = self.past[data.draw(st.integers(0, len(self.past) - 1))]
+    def follow_up(self, more: list[int], data: st.DataObject, other: Any) -> None:
+        ids, settings = self.past[data.draw(st.integers(0, len(self.past) - 1))]
         if len(ids) < 30:
-            self.begin(make_request(ids + tuple(more), (1, 2), mode))
+            self.begin(self.request(ids + tuple(more), (1, 2), other or settings))
 
-    @rule(ids=prompts(), data=st.data(), share=st.floats(0.1, 0.9))
+    @rule(ids=prompts(), settings=SETTINGS, share=st.floats(0.1, 0.9))
     @precondition(lambda self: len(self.world.running) < ROWS)
-    def arrive_in_chunks(self, ids: Ids, data: st.DataObject, share: float) -> None:
-        mode = data.draw(st.sampled_from(["plain", "exact", "compressed"]))
-        req = make_request(ids, (1, 2), mode)
-        self.world.match(req)
-        self.reconcile()
+    def arrive_in_chunks(self, ids: Ids, settings: dict[str, Any], share: float) -> None:
+        req = self.request(ids, (1, 2), settings)
+        self.match(req)
         middle = req.prefix_len + int(share * (len(ids) - req.prefix_len))
         if req.prefix_len < middle < len(ids):
             if not self.world.extend(req, middle):
@@ -757,7 +984,9 @@ class RadixMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.launched)
     def result(self, data: st.DataObject) -> None:
-        req = self.pick(data, self.launched)
+        self.settle(self.pick(data, self.launched))
+
+    def settle(self, req: Request) -> None:
         self.launched.remove(req)
         self.publish(req, self.world.prefilled(req))
         self.world.tree.checkpoint(req, up_to=self.world.prefilled(req))
@@ -766,7 +995,9 @@ class RadixMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.running)
     def decode(self, data: st.DataObject) -> None:
         # With overlap scheduling the first step runs before the prefill's result is known.
-        req = self.pick(data, self.world.running)
+        self.step(self.pick(data, self.world.running))
+
+    def step(self, req: Request) -> None:
         length = req.kv.kv_committed_len
         if length >= len(req.everything):
             return
@@ -777,12 +1008,13 @@ class RadixMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.world.running)
     def finish(self, data: st.DataObject) -> None:
-        req = self.pick(data, self.world.running)
+        self.end(self.pick(data, self.world.running))
+
+    def end(self, req: Request) -> None:
         if req in self.launched:
             self.launched.remove(req)
         self.publish(req, req.kv.kv_committed_len)
-        mode = "plain" if req.intent is None else req.intent.config.reuse
-        self.past.append((req.fill, mode))
+        self.past.append((req.fill, req.settings))  # type: ignore[attr-defined]
         self.world.release(req, checkpoint=True)
         self.reconcile()
 
@@ -817,18 +1049,19 @@ class RadixMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.world.tree.reset()
         self.world.allocator.clear()
-        self.model = Model()
+        self.forget()
 
     @invariant()
     def all_is_accounted_for(self) -> None:
         self.world.check()
-        exact = {
-            slot
-            for node, _ in self.world.tree.nodes()
-            if not node.is_lossy and node.value is not None
-            for slot in node.value.tolist()
-        }
-        assert exact == {slot for slot in self.model.exact.values() if slot is not None}
+        exact: set[int] = set()
+        lossy: set[int] = set()
+        for node, _ in self.world.tree.nodes():
+            if node.value is not None:
+                (lossy if node.is_lossy else exact).update(node.value.tolist())
+        models = self.models.values()
+        assert exact == set().union(*(model.exact.held() for model in models))
+        assert lossy == set().union(*(r.held() for model in models for r in model.replicas))
 
     @invariant()
     def nodes_are_pure(self) -> None:
