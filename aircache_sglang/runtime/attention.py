@@ -99,7 +99,8 @@ class AttentionState:
 class DecodeGraphVariants:
     """Chooses the decode graph of a batch (layers/attention/graph_variants.py)."""
 
-    capture_labels = (PLAIN, COMPRESSED)
+    # The stock graph last, so that nothing is captured between its metadata and its first replay.
+    capture_labels = (COMPRESSED, PLAIN)
 
     def __init__(self, state: AttentionState) -> None:
         self._state = state
@@ -121,9 +122,24 @@ def compressing(stock: type) -> type:
         aircache: AttentionState
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
-            super().init_forward_metadata(forward_batch)
-            if self.aircache.records and forward_batch.forward_mode.is_decode():
-                self.aircache.decoder.plan(forward_batch, self.aircache.records)
+            """Eager; the stock decode, and so its plan, is not needed beside ours."""
+            state = self.aircache
+            if forward_batch.forward_mode.is_decode() and state.records:
+                state.decoder.plan(forward_batch, state.records)
+            else:
+                super().init_forward_metadata(forward_batch)
+
+        def init_forward_metadata_out_graph(
+            self, forward_batch: Any, in_capture: bool = False
+        ) -> None:
+            """Before a decode graph is captured or replayed; ours reads the runner's buffers.
+
+            The stock method must not run while our variant is captured: FlashInfer's makes new
+            wrappers in each capture, and those of the stock graph of that batch size would be
+            freed (layers/attention/flashinfer_backend.py, _prepare_cuda_graph_metadata).
+            """
+            if not (forward_batch.forward_mode.is_decode() and self.aircache.decodes()):
+                super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
         def forward(
             self,
@@ -158,11 +174,10 @@ def compressing(stock: type) -> type:
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> SharedReadEnds:
-            """Packed cells are found through the live row and table, in every layer."""
-            stock_ends = super().shared_read_ends(fm)
-            if fm.is_decode():
-                return SharedReadEnds.max_of([stock_ends, SharedReadEnds.POST_REPLAY])
-            return stock_ends
+            """Our decode reads the live row and table in every layer; all else is stock."""
+            if fm.is_decode() and self.aircache.decodes():
+                return SharedReadEnds.POST_REPLAY
+            return super().shared_read_ends(fm)
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend
