@@ -244,7 +244,7 @@ def decode_attention(
         text_indptr, text_indices: from `build_text_csr` of this step; None reads req_to_token.
         out: [bs, H_q, D] of q's dtype to write to; last dimension contiguous.
         lse: float32 [bs, H_q], the natural log-sum-exp, written if given.
-        num_kv_splits: how many programs share a request's keys; fix it for CUDA graphs.
+        num_kv_splits: how many programs share a request's keys, at most 64; None chooses by bs.
         config: launch shape of stage 1.
     Returns:
         out.
@@ -274,7 +274,7 @@ def decode_attention(
     splits = num_kv_splits
     if splits is None:
         splits = default_kv_splits(batch, n_kv * head_tiles, device)
-    check.int_in("num_kv_splits", splits, 1, 1024)
+    check.int_in("num_kv_splits", splits, 1, _MAX_SPLITS)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
     part_out = torch.empty(batch, n_q, splits, head_dim, dtype=torch.float32, device=device)

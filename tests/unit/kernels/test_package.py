@@ -68,29 +68,49 @@ def test_names() -> None:
         aircache_kernels.scores  # noqa: B018
 
 
-def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
-    """Machine code of bf16 and fp8 variants: what the interpreter accepts, a GPU may not."""
+KERNELS = {
+    "_elite_fwd_kernel",
+    "_lse_fwd_kernel",
+    "_importance_fwd_kernel",
+    "_statistics_fwd_kernel",
+    "_budgets_fwd_kernel",
+    "_select_fwd_kernel",
+    "_pack_fwd_kernel",
+    "_stage_fwd_kernel",
+    "_text_csr_kernel",
+    "_decode_stage1_kernel",
+    "_decode_stage2_kernel",
+    "_extend_fwd_kernel",
+    "_page_tables_kernel",
+}
+# KiB of shared memory that one block may have (CUDA's programming guide, compute capabilities)
+SHARED = {80: 163, 89: 99, 90: 227}
+
+
+def compile_all(capability: int, shapes: str, cache: Path) -> None:
+    """Machine code of every kernel, within the GPU's shared memory."""
     script = str(Path(__file__).with_name("compile_for_gpu.py"))
-    done = python([script], 280, TRITON_CACHE_DIR=str(tmp_path))
+    arguments = [script, "--capability", str(capability), "--shapes", shapes]
+    done = python(arguments, 850, TRITON_CACHE_DIR=str(cache))
     assert done.returncode == 0, done.stderr[-4000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {record["kernel"] for record in records} == {
-        "_elite_fwd_kernel",
-        "_lse_fwd_kernel",
-        "_importance_fwd_kernel",
-        "_statistics_fwd_kernel",
-        "_budgets_fwd_kernel",
-        "_select_fwd_kernel",
-        "_pack_fwd_kernel",
-        "_stage_fwd_kernel",
-        "_text_csr_kernel",
-        "_decode_stage1_kernel",
-        "_decode_stage2_kernel",
-        "_extend_fwd_kernel",
-        "_page_tables_kernel",
-    }
+    assert {record["kernel"] for record in records} == KERNELS
     assert all(record["cubin"] > 0 for record in records)
-    assert max(record["shared"] for record in records) <= 227 * 1024
+    assert max(record["shared"] for record in records) <= SHARED[capability] * 1024
+
+
+def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
+    """bf16 and fp8, and arguments that are 1: what the interpreter accepts, a GPU may not."""
+    compile_all(90, "usual", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "shapes"), [(80, "usual"), (80, "other"), (89, "other"), (90, "other")]
+)
+def test_other_shapes_and_gpus_compile(capability: int, shapes: str, tmp_path: Path) -> None:
+    """Head sizes 16, 64, 80 and 256, float16 and float32, Ampere and Ada."""
+    compile_all(capability, shapes, tmp_path)
 
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
