@@ -17,7 +17,7 @@ from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.stash import StashWork
+from aircache_sglang.runtime.stash import BatchStash
 
 # Two variants of every decode CUDA graph: SGLang's own, and one for batches with packed cells.
 PLAIN, COMPRESSED = "plain", "aircache"
@@ -50,8 +50,8 @@ class AttentionState:
     pool: LayerContiguousKVPool
     decoder: Decoder
     extender: Extender
-    # The queries to keep while this forward runs.
-    stash_work: Sequence[StashWork] = ()
+    # What keeps queries while this forward runs; None where it keeps none.
+    queries: BatchStash | None = None
     # The queries whose attention to the picture is added up while this forward runs.
     sum_work: Sequence[SumWork] = ()
     # Of this forward's requests, None for the uncompressed; empty if all are.
@@ -60,10 +60,10 @@ class AttentionState:
     extends: Sequence[ExtendJob] = ()
 
     def stash(self, q: torch.Tensor, layer: Any) -> None:
-        """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
+        """Keep the queries that `queries` names; q: [tokens, H_q * D], after RoPE."""
+        assert self.queries is not None, "this forward keeps no queries"
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for work in self.stash_work:
-            work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
+        self.queries.write(layer.layer_id - self.pool.start_layer, heads)
 
     def sum(self, q: torch.Tensor, layer: Any) -> None:
         """Add up attention, once this layer's keys are in the pool; q: [tokens, H_q * D]."""
@@ -155,7 +155,7 @@ def compressing(stock: type) -> type:
             if forward_batch.forward_mode.is_decode():
                 if state.decodes():
                     return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
-            elif state.stash_work:
+            elif state.queries is not None:
                 state.stash(q, layer)
             out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
@@ -170,7 +170,7 @@ def compressing(stock: type) -> type:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
             state = self.aircache
-            eager = bool(state.stash_work or state.sum_work or state.extends)
+            eager = bool(state.queries or state.sum_work or state.extends)
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> SharedReadEnds:

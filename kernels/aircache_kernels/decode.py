@@ -191,8 +191,10 @@ def build_text_csr(
 def default_config(block_h: int, block_d: int, q_item_size: int) -> DecodeConfig:
     """16 KiB of keys a tile in the type of q; twice the warps where a tile would spill."""
     block_n = max(16, min(64, 16384 // (block_d * q_item_size)))
-    num_warps = 8 if block_h * block_d > 8192 or q_item_size * block_d > 512 else 4
-    return DecodeConfig(block_n, num_warps, num_stages=3 if block_d <= 128 else 2)
+    wide = q_item_size * block_d > 512
+    num_warps = 8 if block_h * block_d > 8192 or wide else 4
+    # two stages of float32 with head_dim 256 are more than an Ada block's 99 KiB
+    return DecodeConfig(block_n, num_warps, num_stages=1 if wide else 3 if block_d <= 128 else 2)
 
 
 def default_kv_splits(batch: int, head_tiles: int, device: torch.device) -> int:

@@ -153,13 +153,13 @@ def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionS
     assert len(backend.plans) == 2
 
 
-@pytest.mark.parametrize("work", ["stash_work", "sum_work", "extends"])
+@pytest.mark.parametrize("work", ["queries", "sum_work", "extends"])
 def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
     setattr(state, work, [object()])
     assert not backend.can_run_prefill_cuda_graph(prefill)
-    setattr(state, work, ())
+    setattr(state, work, None if work == "queries" else ())
     prefill.small = False
     assert not backend.can_run_prefill_cuda_graph(prefill)
 

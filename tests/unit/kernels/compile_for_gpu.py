@@ -24,6 +24,7 @@ from aircache_kernels import (
     extend_attention,
     importance_statistics,
     launch,
+    lay_out_rows,
     layer_budgets,
     pack,
     score,
@@ -91,6 +92,12 @@ def pass_kernels(
     selected = select(
         importance, case.kv_indptr, offsets, prefix([1], device),
         total_columns=1, max_kv_len=most,
+        mass=torch.empty(1, n_layers, n_kv, dtype=torch.float64),
+    )  # fmt: skip
+    lay_out_rows(
+        torch.zeros(4, 1 if ones else 64, dtype=torch.int32), columns, columns, case.kv_indptr,
+        prefix([1], device), case.kv_indices[:1], prefix([0], device), case.kv_indices[:0],
+        columns.new_zeros(4), columns.new_zeros(4),
     )  # fmt: skip
     for in_place in (False, True):
         pack(
