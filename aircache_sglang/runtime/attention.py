@@ -17,7 +17,7 @@ from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.stash import StashWork
+from aircache_sglang.runtime.stash import BatchStash
 
 # Two variants of every decode CUDA graph: SGLang's own, and one for batches with packed cells.
 PLAIN, COMPRESSED = "plain", "aircache"
@@ -50,8 +50,8 @@ class AttentionState:
     pool: LayerContiguousKVPool
     decoder: Decoder
     extender: Extender
-    # The queries to keep while this forward runs.
-    stash_work: Sequence[StashWork] = ()
+    # What keeps queries while this forward runs; None where it keeps none.
+    queries: BatchStash | None = None
     # The queries whose attention to the picture is added up while this forward runs.
     sum_work: Sequence[SumWork] = ()
     # Of this forward's requests, None for the uncompressed; empty if all are.
@@ -60,10 +60,10 @@ class AttentionState:
     extends: Sequence[ExtendJob] = ()
 
     def stash(self, q: torch.Tensor, layer: Any) -> None:
-        """Keep the queries that `stash_work` names; q: [tokens, H_q * D], after RoPE."""
+        """Keep the queries that `queries` names; q: [tokens, H_q * D], after RoPE."""
+        assert self.queries is not None, "this forward keeps no queries"
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for work in self.stash_work:
-            work.stash.write(layer.layer_id - self.pool.start_layer, heads[work.source])
+        self.queries.write(layer.layer_id - self.pool.start_layer, heads)
 
     def sum(self, q: torch.Tensor, layer: Any) -> None:
         """Add up attention, once this layer's keys are in the pool; q: [tokens, H_q * D]."""
@@ -99,7 +99,8 @@ class AttentionState:
 class DecodeGraphVariants:
     """Chooses the decode graph of a batch (layers/attention/graph_variants.py)."""
 
-    capture_labels = (PLAIN, COMPRESSED)
+    # The stock graph last, so that nothing is captured between its metadata and its first replay.
+    capture_labels = (COMPRESSED, PLAIN)
 
     def __init__(self, state: AttentionState) -> None:
         self._state = state
@@ -121,9 +122,24 @@ def compressing(stock: type) -> type:
         aircache: AttentionState
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
-            super().init_forward_metadata(forward_batch)
-            if self.aircache.records and forward_batch.forward_mode.is_decode():
-                self.aircache.decoder.plan(forward_batch, self.aircache.records)
+            """Eager; the stock decode, and so its plan, is not needed beside ours."""
+            state = self.aircache
+            if forward_batch.forward_mode.is_decode() and state.records:
+                state.decoder.plan(forward_batch, state.records)
+            else:
+                super().init_forward_metadata(forward_batch)
+
+        def init_forward_metadata_out_graph(
+            self, forward_batch: Any, in_capture: bool = False
+        ) -> None:
+            """Before a decode graph is captured or replayed; ours reads the runner's buffers.
+
+            The stock method must not run while our variant is captured: FlashInfer's makes new
+            wrappers in each capture, and those of the stock graph of that batch size would be
+            freed (layers/attention/flashinfer_backend.py, _prepare_cuda_graph_metadata).
+            """
+            if not (forward_batch.forward_mode.is_decode() and self.aircache.decodes()):
+                super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
         def forward(
             self,
@@ -139,7 +155,7 @@ def compressing(stock: type) -> type:
             if forward_batch.forward_mode.is_decode():
                 if state.decodes():
                     return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
-            elif state.stash_work:
+            elif state.queries is not None:
                 state.stash(q, layer)
             out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
@@ -154,15 +170,14 @@ def compressing(stock: type) -> type:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
             state = self.aircache
-            eager = bool(state.stash_work or state.sum_work or state.extends)
+            eager = bool(state.queries or state.sum_work or state.extends)
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> SharedReadEnds:
-            """Packed cells are found through the live row and table, in every layer."""
-            stock_ends = super().shared_read_ends(fm)
-            if fm.is_decode():
-                return SharedReadEnds.max_of([stock_ends, SharedReadEnds.POST_REPLAY])
-            return stock_ends
+            """Our decode reads the live row and table in every layer; all else is stock."""
+            if fm.is_decode() and self.aircache.decodes():
+                return SharedReadEnds.POST_REPLAY
+            return super().shared_read_ends(fm)
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend

@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from aircache_sglang.policy import accumulate
+from aircache_sglang.runtime.transfer import to_device
 
 
 class AttentionSum:
@@ -18,7 +19,7 @@ class AttentionSum:
     """
 
     def __init__(self, start: int, length: int, visual: torch.Tensor) -> None:
-        """start: the first visual position; length: of the prompt; visual: int64 [N_v]."""
+        """start: the first visual position; length: of the prompt; visual: int64 [N_v], host."""
         self._filled_to, self._length, self._visual = start, length, visual
         self._layers: dict[int, torch.Tensor] = {}
 
@@ -41,7 +42,8 @@ class AttentionSum:
 
     def add(self, layer: int, q: torch.Tensor, k: torch.Tensor, first: int, scale: float) -> None:
         """q: [n, H_q, D] of the positions from `first` on; k: [T, H_kv, D] of all positions."""
-        self._visual = self._visual.to(k.device)
+        if self._visual.device != k.device:
+            self._visual = to_device(self._visual.tolist(), k.device, torch.int64)
         total = self._layers.get(layer)
         if total is None:
             total = torch.zeros((k.shape[1], self._visual.numel()), device=k.device)

@@ -78,8 +78,7 @@ class Cells:
 
     def visual_slots(self, record: CompressionRecord) -> torch.Tensor:
         """int64 [N_v], the slots of a request's visual tokens, in order."""
-        positions = record.intent.prompt.visual_positions()
-        return record.originals[positions.to(record.originals.device)]
+        return record.intent.prompt.visual_of(record.originals)
 
     def instruction_slots(self, record: CompressionRecord, n_text: int) -> torch.Tensor:
         """int32 [n_text], the slots of the last instruction tokens."""
@@ -88,11 +87,21 @@ class Cells:
 
     def context_slots(self, record: CompressionRecord, n_text: int) -> torch.Tensor:
         """int32 [N_c], the slots of all text before the last n_text instruction tokens."""
-        prompt = record.intent.prompt
-        is_text = torch.ones(prompt.length - n_text, dtype=torch.bool)
-        is_text[prompt.visual_positions()] = False
-        positions = is_text.nonzero().view(-1).to(self.req_to_token.device)
-        return self.req_to_token[record.row, positions]
+        prompt, row = record.intent.prompt, self.req_to_token[record.row]
+        last = row[prompt.end : prompt.length - n_text]
+        return torch.cat([row[: prompt.start], prompt.between_of(row), last])
+
+    def text_between(self, record: CompressionRecord) -> list[torch.Tensor]:
+        """Parts of int64 [n_between], the slots of the text between pictures.
+
+        A replica outlives that text: it is copied, and the slots are those of the copies.
+        """
+        if not record.intent.n_copies:
+            return record.intent.prompt.between_parts(record.originals)
+        between = record.intent.prompt.between_of(record.originals)
+        self.k_all[:, record.copies] = self.k_all[:, between]
+        self.v_all[:, record.copies] = self.v_all[:, between]
+        return [record.copies]
 
     def finish(
         self,
@@ -101,24 +110,33 @@ class Cells:
         selected: torch.Tensor,
         mass: torch.Tensor,
     ) -> None:
-        """Lay out the row's gap, keep what will be reported; copy what a replica needs.
-
-        budgets: integers [L]; selected: integers [H_local, L * m]; mass: float64 [] of
-        `visual_mass`, the mean over the ranks; on the device.
-        """
-        prompt = record.intent.prompt
-        between = record.originals[prompt.between_positions().to(record.originals.device)]
-        if record.intent.n_copies:
-            self.k_all[:, record.copies] = self.k_all[:, between]
-            self.v_all[:, record.copies] = self.v_all[:, between]
-            between = record.copies
+        """Lay out the row's gap, then `keep`; arguments on the device, as there."""
+        prompt, between = record.intent.prompt, torch.cat(self.text_between(record))
         row, m = self.req_to_token[record.row], record.intent.columns
         gap_end = prompt.start + prompt.n_visual
         row[prompt.start : prompt.start + m] = record.columns
         row[prompt.start + m : gap_end] = 0
-        row[gap_end : prompt.end] = between.to(row.dtype)
-        record.budgets = budgets.to("cpu", non_blocking=True)
-        record.mass = mass.to("cpu", non_blocking=True)
+        row[gap_end : prompt.end] = between
+        self.keep(
+            record,
+            budgets.to("cpu", non_blocking=True),
+            selected,
+            mass.to("cpu", non_blocking=True),
+        )
+
+    def keep(
+        self,
+        record: CompressionRecord,
+        budgets: torch.Tensor,
+        selected: torch.Tensor,
+        mass: torch.Tensor,
+    ) -> None:
+        """Keep what will be reported, once the forward's result is there.
+
+        budgets: integers [L] and mass: float64 [] of `visual_mass`, the mean over the ranks, both
+        on their way to pinned host memory; selected: integers [H_local, L * m] on the device.
+        """
+        record.budgets, record.mass = budgets, mass
         if record.intent.config.return_selection:
             record.selected = self.heads.gather_heads(selected)
 

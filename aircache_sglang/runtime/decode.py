@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.packing import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
+
+if TYPE_CHECKING:
+    # imports SGLang, which the classes here do not need
+    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

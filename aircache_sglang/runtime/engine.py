@@ -30,8 +30,9 @@ from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.metrics import Metrics
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
 from aircache_sglang.runtime.spans import bare_spans, read_prompt
-from aircache_sglang.runtime.stash import QueryStash, StashWork
+from aircache_sglang.runtime.stash import BatchStash, QueryStash
 from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.transfer import to_device
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,11 +58,12 @@ class Collected:
 
     def job(self, record: CompressionRecord, n_layers: int) -> Job:
         """The pass's work, once the prefill has ended."""
-        job = Job(record, self.instruction.stacked(n_layers))
+        job = Job(record, self.instruction.queries())
         if self.visual is not None:
-            rows = record.intent.prompt.visual_positions() - self.visual.lo
-            rows = rows[rows >= 0].to(job.q.device)
-            job = dataclasses.replace(job, q_visual=self.visual.stacked(n_layers)[:, rows])
+            q, lo = self.visual.queries(), self.visual.lo
+            spans = [(max(a, lo) - lo, b - lo) for a, b in record.intent.prompt.spans if b > lo]
+            q_visual = torch.cat([q[:, a:b] for a, b in spans], dim=1)
+            job = dataclasses.replace(job, q_visual=q_visual)
         if self.attention is not None:
             job = dataclasses.replace(job, accumulated=self.attention.stacked(n_layers))
         return job
@@ -294,11 +296,12 @@ class Compressor:
         self.attention.extends = self._extends(batch)
         if self.attention.extends:
             self.attention.extender.plan(self.attention.extends)
-        self.attention.stash_work, self.attention.sum_work = self._collect(batch)
+        self.attention.queries, self.attention.sum_work = self._collect(batch)
         try:
             result = forward()
         finally:
-            self.attention.stash_work = self.attention.sum_work = self.attention.extends = ()
+            self.attention.queries = None
+            self.attention.sum_work = self.attention.extends = ()
         self._compress(batch.reqs)
         return result
 
@@ -314,15 +317,16 @@ class Compressor:
                 assert record.budgets is not None, "a replica has its budgets"
                 prompt = record.intent.prompt
                 assert prefix_len >= prompt.length, "a replica is extended behind its instruction"
-                self.table.set(record.row, prompt.start, prompt.n_visual, record.budgets)
+                budgets = to_device(record.budgets.tolist(), self.pool.k_all.device, torch.int64)
+                self.table.set(record.row, prompt.start, prompt.n_visual, budgets)
                 source = slice(first_row, first_row + extend_len)
                 extends.append(ExtendJob(record, prefix_len, prefix_len + extend_len, source))
             first_row += extend_len
         return extends
 
-    def _collect(self, batch: Any) -> tuple[list[StashWork], list[SumWork]]:
+    def _collect(self, batch: Any) -> tuple[BatchStash | None, list[SumWork]]:
         """What is to be kept, and to be summed, of this forward."""
-        works: list[StashWork] = []
+        queries = BatchStash(self.pool.layer_num)
         sums: list[SumWork] = []
         first_row = 0
         for req, prefix_len, extend_len in zip(
@@ -336,16 +340,15 @@ class Compressor:
                     found = req.aircache_stash = Collected.for_intent(intent)
                 computed = (prefix_len, prefix_len + extend_len, first_row)
                 for stash in (found.instruction, found.visual):
-                    work = None if stash is None else stash.claim(*computed)
-                    if work is not None:
-                        works.append(work)
+                    if stash is not None:
+                        stash.claim(*computed, queries)
                 if found.attention is not None:
                     row = self.req_to_token[req.kv.req_pool_idx]
                     part = found.attention.claim(*computed, row)
                     if part is not None:
                         sums.append(part)
             first_row += extend_len
-        return works, sums
+        return queries if len(queries) else None, sums
 
     def _compress(self, reqs: list[Any]) -> None:
         jobs: list[Job] = []

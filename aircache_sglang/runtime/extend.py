@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.runtime.decode import layer_cell_rows
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
+
+if TYPE_CHECKING:
+    # imports SGLang, which the classes here do not need
+    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

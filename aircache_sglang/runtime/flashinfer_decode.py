@@ -7,14 +7,17 @@ Never run on a GPU: tested against a stand-in for FlashInfer that reads its tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aircache_kernels import OnePlanDecode, build_flashinfer_tables
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
+
+if TYPE_CHECKING:
+    # imports SGLang, which the classes here do not need
+    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 WORKSPACE_BYTES = 128 << 20
 
@@ -99,4 +102,5 @@ class FlashInferDecoder:
     def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
         index = layer.layer_id - self.pool.start_layer
-        return self._decode.run(q, self.pool.k_all, self.pool.v_all, index)
+        # FlashInfer reads q densely; a model's q may be a slice of its fused projection.
+        return self._decode.run(q.contiguous(), self.pool.k_all, self.pool.v_all, index)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aircache_kernels import decode_attention
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
+
+if TYPE_CHECKING:
+    # imports SGLang, which the classes here do not need
+    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 class KernelDecoder:

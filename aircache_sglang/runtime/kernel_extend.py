@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aircache_kernels import extend_attention
 from aircache_sglang.runtime.extend import ExtendJob
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.table import CompressionTable
 from aircache_sglang.runtime.transfer import prefix_sums, to_device
+
+if TYPE_CHECKING:
+    # imports SGLang, which the classes here do not need
+    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 class KernelExtender:

@@ -8,11 +8,18 @@ from collections.abc import Sequence
 
 import torch
 
-from aircache_kernels import importance_statistics, layer_budgets, pack, score, select
+from aircache_kernels import (
+    importance_statistics,
+    lay_out_rows,
+    layer_budgets,
+    pack,
+    score,
+    select,
+)
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation, AirCacheConfig
-from aircache_sglang.policy import visual_mass
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
-from aircache_sglang.runtime.transfer import prefix_sums, to_device
+from aircache_sglang.runtime.stash import joined
+from aircache_sglang.runtime.transfer import vectors_to_device
 
 # window, alpha, elite, budget
 Group = tuple[str, float, str, str]
@@ -56,55 +63,79 @@ class KernelPass:
     def _compress(self, jobs: list[Job]) -> None:
         cells, device = self.cells, self.cells.k_all.device
         records = [job.record for job in jobs]
+        prompts = [record.intent.prompt for record in records]
         config = records[0].intent.config
         window, alpha = config.scoring_window()
-        kv_lens = [record.intent.prompt.n_visual for record in records]
+        kv_lens = [prompt.n_visual for prompt in prompts]
         columns = [record.intent.columns for record in records]
-        kv_indptr = prefix_sums(kv_lens, device)
-        column_indptr = prefix_sums(columns, device)
-        kv_indices = torch.cat([cells.visual_slots(record) for record in records])
+        most = max(kv_lens)
+        # The windows of both scorings, the second one only where the report needs it.
+        windows = [window] if config.scores_are_importance() else [window, INSTRUCTION_LIMIT]
+        qo_lens = [[min(n, job.q.shape[1]) for job in jobs] for n in windows]
+        # All that the host knows in one transfer.
+        rows, starts, m, kv_indptr, column_indptr, between_indptr, *qo_indptrs = vectors_to_device(
+            [
+                [record.row for record in records],
+                [prompt.start for prompt in prompts],
+                columns,
+                indptr(kv_lens),
+                indptr(columns),
+                indptr([prompt.n_between for prompt in prompts]),
+                *[indptr(lengths) for lengths in qo_lens],
+            ],
+            device,
+        )
+        kv_indices = torch.cat(
+            [
+                part
+                for record, prompt in zip(records, prompts, strict=True)
+                for part in prompt.visual_parts(record.originals)
+            ]
+        )
 
-        def scored(window: int, alpha: float) -> torch.Tensor:
-            """Importance float32 [L, H_kv, sum N_v] by the last `window` instruction tokens."""
-            queries = [job.q[:, -window:] for job in jobs]
-            qo_lens = [q.shape[1] for q in queries]
-            slots = [cells.instruction_slots(r, n) for r, n in zip(records, qo_lens, strict=True)]
+        def scored(lengths: list[int], qo_indptr: torch.Tensor, alpha: float) -> torch.Tensor:
+            """Importance float32 [L, H_kv, sum N_v] by the last instruction tokens of each."""
+            slots = [cells.instruction_slots(r, n) for r, n in zip(records, lengths, strict=True)]
             return score(
-                torch.cat(queries, dim=1),
-                prefix_sums(qo_lens, device),
+                joined([job.q[:, -n:] for job, n in zip(jobs, lengths, strict=True)]),
+                qo_indptr,
                 cells.k_all,
                 torch.cat(slots),
                 kv_indptr,
                 kv_indices,
-                max_qo_len=max(qo_lens),
-                max_kv_len=max(kv_lens),
+                max_qo_len=max(lengths),
+                max_kv_len=most,
                 sm_scale=cells.scale,
                 alpha=alpha,
                 elite=config.elite,
             )
 
-        importance = scored(window, alpha)
-        elite_importance = importance
+        importance = scored(qo_lens[0], qo_indptrs[0], alpha)
+        weights = importance
         if not config.scores_are_importance():
-            elite_importance = scored(INSTRUCTION_LIMIT, config.alpha)
-        statistics = importance_statistics(importance, kv_indptr, max_kv_len=max(kv_lens))
-        rows = to_device([record.row for record in records], device, torch.int64)
+            weights = scored(qo_lens[1], qo_indptrs[1], config.alpha)
+        statistics = importance_statistics(importance, kv_indptr, max_kv_len=most)
         budgets, cell_offset = layer_budgets(
             cells.heads.mean(statistics),
             kv_indptr,
-            to_device(columns, device, torch.int32),
+            m,
             budget=config.budget,
             cell_offset=cells.table.cell_offset,
             req_pool_indices=rows,
         )
+        n_layers, _, n_kv, _ = cells.k_all.shape
+        masses = statistics.new_empty(len(jobs), n_layers, n_kv)
         selected = select(
             importance,
             kv_indptr,
             cell_offset,
             column_indptr,
             total_columns=sum(columns),
-            max_kv_len=max(kv_lens),
+            max_kv_len=most,
+            weights=weights,
+            mass=masses,
         )
+        column_indices = torch.cat([record.columns for record in records])
         pack(
             cells.k_all,
             cells.v_all,
@@ -113,23 +144,31 @@ class KernelPass:
             kv_indices,
             cell_offset,
             column_indptr,
-            torch.cat([record.columns for record in records]),
+            column_indices,
             max_columns=max(columns),
         )
-        starts = [record.intent.prompt.start for record in records]
-        cells.table.enter(rows, to_device(starts, device, torch.int32), kv_indptr.diff())
-        n_layers = cells.k_all.shape[0]
-        bounds = list(itertools.pairwise(itertools.accumulate(columns, initial=0)))
-        kept = [selected[:, n_layers * first : n_layers * last] for first, last in bounds]
-        masses = cells.heads.mean(
-            torch.stack(
-                [
-                    visual_mass(part, chosen, layers)
-                    for part, chosen, layers in zip(
-                        elite_importance.split(kv_lens, dim=2), kept, budgets, strict=True
-                    )
-                ]
-            )
+        lay_out_rows(
+            cells.req_to_token,
+            rows,
+            starts,
+            kv_indptr,
+            column_indptr,
+            column_indices,
+            between_indptr,
+            torch.cat([part for record in records for part in cells.text_between(record)]),
+            cells.table.gap_start,
+            cells.table.gap_len,
         )
-        for record, layers, chosen, mass in zip(records, budgets, kept, masses, strict=True):
-            cells.finish(record, layers, chosen, mass)
+        bounds = itertools.pairwise(itertools.accumulate(columns, initial=0))
+        kept = [selected[:, n_layers * first : n_layers * last] for first, last in bounds]
+        host_budgets = budgets.to("cpu", non_blocking=True)
+        host_masses = cells.heads.mean(masses.mean(dim=(1, 2))).to("cpu", non_blocking=True)
+        for record, layers, chosen, mass in zip(
+            records, host_budgets, kept, host_masses, strict=True
+        ):
+            cells.keep(record, layers, chosen, mass)
+
+
+def indptr(lengths: Sequence[int]) -> list[int]:
+    """[len + 1], FlashInfer's."""
+    return list(itertools.accumulate(lengths, initial=0))

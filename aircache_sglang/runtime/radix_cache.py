@@ -151,7 +151,7 @@ class AirCacheRadixCache(SpanTree):
         start = min(kv.cache_protected_len, prompt.start)
         self._repoint(kv, path, [(start, prompt.start)])
         # Behind the gap stand the text between pictures, in order, and the instruction.
-        between = path[prompt.between_positions().to(path.device)]
+        between = prompt.between_of(path)
         row = torch.cat([between, path[prompt.end :]]).to(torch.int32)
         self.req_to_token_pool.write(
             (kv.req_pool_idx, slice(prompt.end - prompt.n_between, prompt.length)), row
@@ -191,13 +191,10 @@ class AirCacheRadixCache(SpanTree):
     def _free_visual(self, req: Any, record: CompressionRecord) -> None:
         """Without a tree: give the visual slots back, and all that was copied."""
         prompt = record.intent.prompt
-        positions = prompt.visual_positions()
-        if record.intent.n_copies:
-            positions = torch.arange(prompt.start, prompt.end)
-        self.token_to_kv_pool_allocator.free(
-            record.originals[positions.to(record.originals.device)]
-        )
-        record.released = len(positions)
+        originals = record.originals
+        freed = originals[prompt.start :] if record.intent.n_copies else prompt.visual_of(originals)
+        self.token_to_kv_pool_allocator.free(freed)
+        record.released = len(freed)
 
     def _prompt_slots(self, req: Any, record: CompressionRecord, length: int) -> torch.Tensor:
         """The slots of the first tokens of a packed request's prompt, int64 [length]."""

@@ -134,6 +134,7 @@ class CompressionRecord:
     selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
         of all tensor-parallel ranks; only if the request wants its selection reported.
     surplus: int64, slots that the pass turned out not to need, until the engine takes them.
+    seconds: of the host in the pass; on a GPU that is launching it.
     """
 
     intent: Intent

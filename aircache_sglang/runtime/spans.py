@@ -7,6 +7,7 @@ Spans come from the request's own multimodal items, never from a token name of o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -51,6 +52,23 @@ class VisualPrompt:
     def visual_positions(self) -> torch.Tensor:
         """int64 [n_visual], ascending."""
         return torch.cat([torch.arange(a, b) for a, b in self.spans])
+
+    def visual_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The visual tokens' rows of `values` [>= end, ...]; slices copy no index to a device."""
+        return torch.cat(self.visual_parts(values))
+
+    def visual_parts(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Views, one a span, of the visual tokens' rows of `values` [>= end, ...]."""
+        return [values[start:end] for start, end in self.spans]
+
+    def between_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of `values` [>= end, ...] of the text between visual spans."""
+        return torch.cat(self.between_parts(values))
+
+    def between_parts(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Views, at least one, of the rows of `values` [>= end, ...] between visual spans."""
+        gaps = itertools.pairwise(self.spans)
+        return [values[:0], *[values[left[1] : right[0]] for left, right in gaps]]
 
     def between_positions(self) -> torch.Tensor:
         """int64 [n_between], ascending: text positions in [start, end)."""

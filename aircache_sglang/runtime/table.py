@@ -31,13 +31,8 @@ class CompressionTable:
         """Mark rows (int64 [n]) as uncompressed; called for the rows of every prefill."""
         self.gap_len.index_fill_(0, rows, 0)
 
-    def enter(self, rows: torch.Tensor, gap_start: torch.Tensor, gap_len: torch.Tensor) -> None:
-        """Mark rows (int64 [n]) as compressed, once `cell_offset` holds theirs; int32 [n] each."""
-        self.gap_start[rows] = gap_start
-        self.gap_len[rows] = gap_len
-
     def set(self, row: int, gap_start: int, gap_len: int, budgets: torch.Tensor) -> None:
-        """Enter one compressed request; budgets int64 [L] may live on the device."""
+        """Enter one compressed request; budgets int64 [L], on the table's device."""
         self.gap_start[row] = gap_start
         self.gap_len[row] = gap_len
         self.cell_offset[row, 1:] = budgets.cumsum(0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aircache_kernels.flashinfer_decode import OnePlanDecode
     from aircache_kernels.flashinfer_tables import build_flashinfer_tables
     from aircache_kernels.packing import pack
+    from aircache_kernels.rows import lay_out_rows
     from aircache_kernels.scoring import score
     from aircache_kernels.selection import select
 
@@ -27,6 +28,7 @@ _HOME = {
     "layer_budgets": "budgets",
     "select": "selection",
     "pack": "packing",
+    "lay_out_rows": "rows",
     "build_text_csr": "decode",
     "decode_attention": "decode",
     "DecodeConfig": "decode",
@@ -41,6 +43,7 @@ __all__ = [
     "layer_budgets",
     "select",
     "pack",
+    "lay_out_rows",
     "build_text_csr",
     "decode_attention",
     "DecodeConfig",

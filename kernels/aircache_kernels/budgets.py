@@ -81,7 +81,8 @@ def _normalised(stats, inside, n_layers):  # type: ignore[no-untyped-def]
     top = tl.max(stats, 0)
     scaled = tl.where(top > 0.0, stats / tl.where(top > 0.0, top, 1.0), 1.0)
     scaled = tl.where(inside, scaled, 0.0)
-    return scaled / (tl.sum(scaled, 0) / n_layers.to(tl.float64))
+    # n_layers = 1 is a compile-time constant, which has no .to()
+    return scaled / (tl.sum(scaled, 0) / tl.cast(n_layers, tl.float64))
 
 
 @triton.jit

@@ -191,8 +191,10 @@ def build_text_csr(
 def default_config(block_h: int, block_d: int, q_item_size: int) -> DecodeConfig:
     """16 KiB of keys a tile in the type of q; twice the warps where a tile would spill."""
     block_n = max(16, min(64, 16384 // (block_d * q_item_size)))
-    num_warps = 8 if block_h * block_d > 8192 or q_item_size * block_d > 512 else 4
-    return DecodeConfig(block_n, num_warps, num_stages=3 if block_d <= 128 else 2)
+    wide = q_item_size * block_d > 512
+    num_warps = 8 if block_h * block_d > 8192 or wide else 4
+    # two stages of float32 with head_dim 256 are more than an Ada block's 99 KiB
+    return DecodeConfig(block_n, num_warps, num_stages=1 if wide else 3 if block_d <= 128 else 2)
 
 
 def default_kv_splits(batch: int, head_tiles: int, device: torch.device) -> int:
@@ -244,7 +246,7 @@ def decode_attention(
         text_indptr, text_indices: from `build_text_csr` of this step; None reads req_to_token.
         out: [bs, H_q, D] of q's dtype to write to; last dimension contiguous.
         lse: float32 [bs, H_q], the natural log-sum-exp, written if given.
-        num_kv_splits: how many programs share a request's keys; fix it for CUDA graphs.
+        num_kv_splits: how many programs share a request's keys, at most 64; None chooses by bs.
         config: launch shape of stage 1.
     Returns:
         out.
@@ -274,7 +276,7 @@ def decode_attention(
     splits = num_kv_splits
     if splits is None:
         splits = default_kv_splits(batch, n_kv * head_tiles, device)
-    check.int_in("num_kv_splits", splits, 1, 1024)
+    check.int_in("num_kv_splits", splits, 1, _MAX_SPLITS)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
     part_out = torch.empty(batch, n_q, splits, head_dim, dtype=torch.float32, device=device)

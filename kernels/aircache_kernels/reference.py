@@ -183,6 +183,45 @@ def select_reference(importance: Tensor, kv_indptr: Tensor, budgets: Tensor) -> 
     return torch.cat(parts, dim=1).to(torch.int32)
 
 
+def mass_reference(weights: Tensor, kv_indptr: Tensor, selected: Tensor, budgets: Tensor) -> Tensor:
+    """Share of the weights that the kept tokens carry, float64 [B, L, H_kv]; as in `select`."""
+    bounds, cell = kv_indptr.tolist(), 0
+    shares: list[Tensor] = []
+    for b, counts in enumerate(budgets.tolist()):
+        for layer, count in enumerate(counts):
+            mine = weights[layer, :, bounds[b] : bounds[b + 1]].double()
+            kept = mine.gather(1, selected[:, cell : cell + count].long()).sum(1)
+            total = mine.sum(1)
+            shares.append(torch.where(total > 0, kept / total, 1.0).clamp(0.0, 1.0))
+            cell += count
+    return torch.stack(shares).view(*budgets.shape, -1)
+
+
+def rows_reference(
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    starts: Tensor,
+    kv_indptr: Tensor,
+    column_indptr: Tensor,
+    column_indices: Tensor,
+    between_indptr: Tensor,
+    between_indices: Tensor,
+    gap_start: Tensor,
+    gap_len: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of req_to_token, gap_start and gap_len after `lay_out_rows`."""
+    table, starts_out, lengths_out = req_to_token.clone(), gap_start.clone(), gap_len.clone()
+    columns, between = column_indptr.tolist(), between_indptr.tolist()
+    lengths = kv_indptr.diff().tolist()
+    for b, (row, start) in enumerate(zip(req_pool_indices.tolist(), starts.tolist(), strict=True)):
+        packed = column_indices[columns[b] : columns[b + 1]].tolist()
+        text = between_indices[between[b] : between[b + 1]].tolist()
+        entries = packed + [0] * (lengths[b] - len(packed)) + text
+        table[row, start : start + len(entries)] = torch.tensor(entries, dtype=torch.int32)
+        starts_out[row], lengths_out[row] = start, lengths[b]
+    return table, starts_out, lengths_out
+
+
 def cell_address_reference(cell: int, n_layers: int) -> tuple[int, int]:
     """Column (ordinal) and plane of a cell; the sequential map."""
     return divmod(cell, n_layers)

@@ -391,7 +391,8 @@ def score(
         q, qo_indptr, k_all, text_indices, mask, rows, counts, *strides,
         total_qo, scale, float(alpha),
         H_KV=n_kv, BLOCK_T=block_t, STEP_D=min(block_d, 64 // q.element_size()), SHARED=shared,
-        **heads, **blocks, num_warps=8 if block_t > 128 else 4,
+        # staged, the loop over tiles of "shared" would hold every step's keys in shared memory
+        **heads, **blocks, num_warps=8 if block_t > 128 else 4, num_stages=1,
     )  # fmt: skip
     _lse_fwd_kernel[(splits, batch, tiles)](
         q, qo_indptr, k_all, text_indices, kv_indptr, kv_indices, mask, rows, counts, lse,

@@ -2,8 +2,9 @@
 """The n_l best visual tokens of every request, layer and KV head, in one launch.
 
 A radix select over the bits of the scores (four passes of 8 bits) finds the threshold, a fifth pass
-stores the kept ordinals in rising order. Only integers are counted, so the result does not depend
-on scheduling; of equal scores the earlier token stays. No scratch memory.
+stores the kept ordinals in rising order and, where it is wanted, adds up what they carry. Only
+integers are counted, so the choice does not depend on scheduling; of equal scores the earlier token
+stays. No scratch memory.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def _radix_step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _select_fwd_kernel(  # type: ignore[no-untyped-def]
-    importance, kv_indptr, cell_offset, column_indptr, selected, total_visual, stride_sh, n_layers,
-    H_KV: tl.constexpr, BLOCK: tl.constexpr,
+    importance, kv_indptr, cell_offset, column_indptr, selected, weights, mass,
+    total_visual, stride_sh, n_layers,
+    H_KV: tl.constexpr, HAS_MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grid (L * H_kv, B)"""
     row = tl.program_id(0).to(tl.int64)
@@ -74,6 +76,8 @@ def _select_fwd_kernel(  # type: ignore[no-untyped-def]
     threshold, remaining = _radix_step(scores, n_visual, threshold, remaining, 16, BLOCK)
     threshold, remaining = _radix_step(scores, n_visual, threshold, remaining, 8, BLOCK)
     threshold, remaining = _radix_step(scores, n_visual, threshold, remaining, 0, BLOCK)
+    carried = tl.zeros([1], dtype=tl.float64)
+    total = tl.zeros([1], dtype=tl.float64)
     stored = tl.zeros([1], dtype=tl.int32)
     ties = tl.zeros([1], dtype=tl.int32)
     columns_before = tl.load(column_indptr + b).to(tl.int64)
@@ -88,6 +92,17 @@ def _select_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + position, v, mask=keep & (position < n_keep))
         stored += tl.sum(keep.to(tl.int32), 0)
         ties += tl.sum(tie.to(tl.int32), 0)
+        if HAS_MASS:
+            at = weights + row * total_visual + start + v
+            weight = tl.load(at, mask=v < n_visual, other=0.0).to(tl.float64)
+            total += tl.sum(weight, 0)
+            carried += tl.sum(tl.where(keep, weight, 0.0), 0)
+    if HAS_MASS:
+        some = total > 0.0
+        share = tl.where(some, carried / tl.where(some, total, 1.0), 1.0)
+        share = tl.minimum(tl.maximum(share, 0.0), 1.0)
+        at = b.to(tl.int64) * n_layers * H_KV + row + tl.arange(0, 1)
+        tl.store(mass + at, share)
 
 
 def select(
@@ -98,6 +113,8 @@ def select(
     *,
     total_columns: int,
     max_kv_len: int,
+    weights: Tensor | None = None,
+    mass: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The n_l highest scores of every request, layer and KV head (algorithm 1).
@@ -111,6 +128,9 @@ def select(
         column_indptr: int32 [B + 1], prefix sums of the columns m_b.
         total_columns: sum of m_b (known on the host).
         max_kv_len: the most visual tokens of a request, at most 131072.
+        weights: float32 [L, H_kv, total_visual], what `mass` adds up; None for importance.
+        mass: float64 [B, L, H_kv], written if given: the weights of the kept tokens over those of
+            all, in [0, 1]; 1 where they are all 0.
         out: int32 [H_kv, L * total_columns] to write to.
     Returns:
         int32 [H_kv, L * total_columns]: entry L * column_indptr[b] + cell_offset[b, l] + j is the
@@ -130,9 +150,17 @@ def select(
     check.int_in("total_columns", total_columns, 1)
     check.int_in("max_kv_len", max_kv_len, 1, check.MAX_VISUAL)
     out = check.output_of("out", out, (n_kv, n_layers * total_columns), torch.int32, device)
+    if weights is None:
+        weights = importance
+    check.tensor_of("weights", weights, tuple(importance.shape), torch.float32, device)
+    check.contiguous("weights", weights)
+    if mass is not None:
+        check.tensor_of("mass", mass, (batch, n_layers, n_kv), torch.float64, device)
+        check.contiguous("mass", mass)
     block = min(power_of_2(max_kv_len, 64), 2048)
     _select_fwd_kernel[(n_layers * n_kv, batch)](
-        importance, kv_indptr, cell_offset, column_indptr, out,
-        total_visual, out.stride(0), n_layers, H_KV=n_kv, BLOCK=block, num_warps=8,
+        importance, kv_indptr, cell_offset, column_indptr, out, weights, mass,
+        total_visual, out.stride(0), n_layers,
+        H_KV=n_kv, HAS_MASS=mass is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return out

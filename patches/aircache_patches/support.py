@@ -86,6 +86,7 @@ def unsupported(server_args: Any) -> Iterator[str]:
     yield from _unsupported_environment(server_args, policy)
     yield from _unsupported_device(view, policy)
     yield from _unsupported_model(server_args, policy)
+    yield from unsupported_kv_dtype(view, model_config_of(server_args), policy)
     if server_args.aircache_decode == "flashinfer":
         yield from unsupported_flashinfer(view, model_config_of(server_args), policy)
 
@@ -137,6 +138,29 @@ def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
             f"{policy} decodes with Triton on a CPU only under TRITON_INTERPRET=1; "
             "use --attention-backend torch_native"
         )
+
+
+def unsupported_kv_dtype(view: Any, model: Any, policy: str) -> Iterator[str]:
+    """KV that the kernels cannot read: they take the type of the queries, or float8.
+
+    view: SGLang's resolved arguments; model: its ModelConfig.
+    """
+    import torch
+
+    backend = view.decode_attention_backend or view.attention_backend
+    if decode_kind(view.aircache_decode, backend) == "torch":
+        return
+    flag = f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}"
+    if view.kv_cache_dtype in ("bf16", "bfloat16") and model.dtype != torch.bfloat16:
+        yield f"{flag} beside a model in {model.dtype}; use --kv-cache-dtype auto"
+    if view.kv_cache_dtype == "fp8_e4m3" and view.device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        # Triton compiles no float8_e4m3fn below that.
+        if (major, minor) < (8, 9):
+            yield (
+                f"{flag} on a GPU of compute capability {major}.{minor}, below 8.9; "
+                "use --kv-cache-dtype auto"
+            )
 
 
 def unsupported_flashinfer(view: Any, model: Any, policy: str) -> Iterator[str]:

@@ -10,7 +10,17 @@ import pytest
 # hypothesis tests take no fixture, so that the skip has to come from here
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
-MODULES = ("budgets", "decode", "extend", "flashinfer_tables", "packing", "scoring", "selection")
+MODULES = (
+    "budgets",
+    "decode",
+    "engine_twins",
+    "extend",
+    "flashinfer_tables",
+    "packing",
+    "rows",
+    "scoring",
+    "selection",
+)
 
 for _module in MODULES:
     _tests = vars(importlib.import_module(f"tests.unit.kernels.test_{_module}"))

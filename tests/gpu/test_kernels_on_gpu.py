@@ -24,7 +24,9 @@ from aircache_kernels import (
     score,
     select,
 )
+from aircache_sglang.runtime.kernel_pass import KernelPass
 from tests.unit.kernels.cases import DecodeCase, Request, decode_case, prefix, score_case
+from tests.unit.kernels.test_engine_twins import SAME, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
@@ -85,6 +87,19 @@ def test_the_pass_does_not_sync_and_repeats_bit_for_bit(device: torch.device) ->
     for _ in range(10):
         for got, want in zip(run_pass(device), first, strict=True):
             assert torch.equal(got.nan_to_num(3.0), want.nan_to_num(3.0))
+
+
+def test_the_served_pass_does_not_sync(device: torch.device) -> None:
+    """The engine's pass, host integers, row and table included; SGLang need not be installed."""
+    side = build([SAME] * 3, device=device)
+    run = KernelPass(side.cells)
+    run(side.jobs)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(side.jobs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_decode_repeats_bit_for_bit(device: torch.device) -> None:

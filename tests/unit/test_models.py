@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.configs.model_config import ModelConfig
 
-from aircache_patches.support import ARCHITECTURES, out_of_reach
+from aircache_patches.support import ARCHITECTURES, out_of_reach, unsupported_kv_dtype
 
 TEXT = {
     "hidden_size": 64,
@@ -96,3 +98,38 @@ def test_within_reach(tmp_path: Path, family: str) -> None:
     model = ModelConfig(str(getattr(factories, f"make_{family}")(tmp_path)))
     assert model.hf_config.architectures[0] in ARCHITECTURES
     assert out_of_reach(model) is None and model.is_multimodal
+
+
+@pytest.mark.parametrize(
+    ("backend", "kv", "dtype", "capability", "sentence"),
+    [
+        ("triton", "auto", torch.float16, (8, 0), None),
+        ("triton", "bf16", torch.bfloat16, (8, 0), None),
+        ("triton", "fp8_e4m3", torch.bfloat16, (8, 9), None),
+        ("torch_native", "bfloat16", torch.float32, (8, 0), None),
+        ("torch_native", "fp8_e4m3", torch.float32, (8, 0), None),
+        ("fa3", "bf16", torch.float16, (9, 0), "bf16 beside a model in torch.float16; use"),
+        ("triton", "bfloat16", torch.float32, (9, 0), "bfloat16 beside a model in torch.float32"),
+        ("flashinfer", "fp8_e4m3", torch.bfloat16, (8, 6), "compute capability 8.6, below 8.9"),
+    ],
+)
+def test_kv_that_the_kernels_cannot_read(
+    backend: str,
+    kv: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    sentence: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device that is not there: what it can do is all that is asked of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    view = SimpleNamespace(
+        aircache_decode="auto",
+        attention_backend=backend,
+        decode_attention_backend=None,
+        kv_cache_dtype=kv,
+        device="cuda",
+    )
+    found = list(unsupported_kv_dtype(view, SimpleNamespace(dtype=dtype), "--kv-policy aircache"))
+    assert len(found) == (sentence is not None)
+    assert all(sentence in text and "--kv-cache-dtype auto" in text for text in found)

@@ -237,12 +237,11 @@ class World:
 
     def _forward(self, req: FakeReq, extend: int) -> None:
         row = self.rows.req_to_token[req.kv.req_pool_idx]
-        for work in self.compressor.attention.stash_work:
+        queries = self.compressor.attention.queries
+        if queries is not None:
             for layer in range(LAYERS):
                 g = torch.Generator().manual_seed(req.rid * LAYERS + layer)
-                work.stash.write(
-                    layer, torch.randn((extend, Q_HEADS, DIM), generator=g)[work.source]
-                )
+                queries.write(layer, torch.randn((extend, Q_HEADS, DIM), generator=g))
         record = self.compressor.records.get(req.kv.req_pool_idx)
         beside = record.intent if record is not None and record.reused else None
         for position in range(req.prefix_len, req.extend_end):

@@ -77,7 +77,7 @@ def test_dtypes(dtype: torch.dtype, fp8: bool, device: torch.device) -> None:
     hold(case, **({"k_scale": 0.6, "v_scale": 1.7} if fp8 else {}))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, None])
+@pytest.mark.parametrize("splits", [1, 2, 7, 64, None])
 @pytest.mark.parametrize("csr", [True, False])
 def test_splits(splits: int | None, csr: bool, device: torch.device) -> None:
     hold(decode_case(MIXED, device=device), csr=csr, splits=splits)
@@ -153,6 +153,8 @@ def test_bad_arguments(device: torch.device) -> None:
         decode_attention(*case.inputs(0), sm_scale=1.0, lse=torch.empty(4, device=device))
     with pytest.raises(ValueError, match="logit_cap must be a finite"):
         decode_attention(*case.inputs(0), sm_scale=1.0, logit_cap=-1.0)
+    with pytest.raises(ValueError, match=r"num_kv_splits must be an integer in \[1, 64\], got 65"):
+        decode_attention(*case.inputs(0), sm_scale=1.0, num_kv_splits=65)
     with pytest.raises(ValueError, match="given together"):
         decode_attention(*case.inputs(0), sm_scale=1.0, text_indptr=case.gap_len)
     case.seq_lens = case.seq_lens[:2]

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from aircache_sglang.config import Ablation, AirCacheConfig
+from aircache_sglang.runtime import kernel_pass, transfer
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
@@ -19,8 +21,11 @@ from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
+from aircache_sglang.runtime.stash import BatchStash, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable
+from tests.unit.kernels.test_package import launches, on_cpu
 
+CPU = torch.device("cpu")
 L, H_KV, H_Q, D, ROWS, CONTEXT = 3, 2, 6, 16, 700, 256
 
 
@@ -62,13 +67,18 @@ PROMPTS = (
 )
 
 
-def build(configs: list[AirCacheConfig], kv_dtype: torch.dtype = torch.float32) -> Side:
+def build(
+    configs: list[AirCacheConfig],
+    kv_dtype: torch.dtype = torch.float32,
+    n_layers: int = L,
+    device: torch.device = CPU,
+) -> Side:
     """Three prefilled requests in rows 1 to 3, an uncompressed one of 50 tokens in row 4."""
     g = torch.Generator().manual_seed(7)
-    k_all = torch.randn(L, ROWS, H_KV, D, generator=g).to(kv_dtype)
-    v_all = torch.randn(L, ROWS, H_KV, D, generator=g).to(kv_dtype)
-    req_to_token = torch.zeros(8, CONTEXT, dtype=torch.int32)
-    slots = 1 + torch.randperm(ROWS - 1, generator=g)
+    k_all = torch.randn(n_layers, ROWS, H_KV, D, generator=g).to(kv_dtype).to(device)
+    v_all = torch.randn(n_layers, ROWS, H_KV, D, generator=g).to(kv_dtype).to(device)
+    req_to_token = torch.zeros(8, CONTEXT, dtype=torch.int32, device=device)
+    slots = 1 + torch.randperm(ROWS - 1, generator=g).to(device)
     taken = 0
 
     def take(n: int) -> torch.Tensor:
@@ -76,7 +86,7 @@ def build(configs: list[AirCacheConfig], kv_dtype: torch.dtype = torch.float32) 
         taken += n
         return slots[taken - n : taken]
 
-    table = CompressionTable(8, L, "cpu")
+    table = CompressionTable(8, n_layers, device)
     cells = Cells(k_all, v_all, req_to_token, table, OneRank(), D**-0.5)
     jobs = []
     for row, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True), start=1):
@@ -86,8 +96,8 @@ def build(configs: list[AirCacheConfig], kv_dtype: torch.dtype = torch.float32) 
         originals = req_to_token[row, : prompt.end].long()
         record = CompressionRecord(intent, row, originals, take(intent.n_extra))
         lo, hi = prompt.instruction
-        q = 2.0 * torch.randn(L, hi - lo, H_Q, D, generator=g)
-        jobs.append(Job(record, q))
+        q = 2.0 * torch.randn(n_layers, hi - lo, H_Q, D, generator=g)
+        jobs.append(Job(record, q.to(device)))
     req_to_token[4, :50] = take(50)
     return Side(cells, jobs)
 
@@ -115,8 +125,10 @@ PEERS = (
 @pytest.mark.parametrize(
     "configs", [(SAME, SAME, SAME), MIXED, PEERS], ids=["one group", "groups", "peers"]
 )
-def test_passes_agree(configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype) -> None:
-    torch_side, kernel_side = build(list(configs), kv_dtype), build(list(configs), kv_dtype)
+def test_passes_agree(
+    configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype, device: torch.device
+) -> None:
+    torch_side, kernel_side = (build(list(configs), kv_dtype, device=device) for _ in range(2))
     TorchPass(torch_side.cells)(torch_side.jobs)
     KernelPass(kernel_side.cells)(kernel_side.jobs)
     for ours, theirs in zip(torch_side.jobs, kernel_side.jobs, strict=True):
@@ -129,16 +141,107 @@ def test_passes_agree(configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype
     assert torch.equal(torch_side.cells.req_to_token, kernel_side.cells.req_to_token)
 
 
+class Work(TorchDispatchMode):
+    """Names of the operations that would do work on a device, or wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and not name.startswith(("empty", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+KERNELS = ("score", "importance_statistics", "layer_budgets", "select", "pack", "lay_out_rows")
+
+
+@on_cpu
+@pytest.mark.parametrize(("n_requests", "n_layers"), [(1, 2), (3, 5)])
+def test_work_of_the_served_pass(
+    n_requests: int, n_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 kernels, one transfer and 5 operations, none of which waits, whatever L and B are.
+
+    On a GPU the budgets and the mass are copied to pinned memory besides, which is no operation on
+    a CPU.
+    """
+    side = build([dataclasses.replace(SAME, return_selection=False)] * 3, n_layers=n_layers)
+    buffer, first = torch.cat([job.q for job in side.jobs], dim=1), 0
+    jobs = []
+    for job in side.jobs[:n_requests]:
+        # as BatchStash leaves them
+        last = first + job.q.shape[1]
+        jobs.append(dataclasses.replace(job, q=buffer[:, first:last]))
+        first = last
+    seen, work = launches(monkeypatch), Work()
+
+    def outside(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+    for name in KERNELS:
+        # the interpreter's own operations are none of a GPU's
+        monkeypatch.setattr(kernel_pass, name, outside(getattr(kernel_pass, name)))
+    to_device, brought = transfer.to_device, []
+    monkeypatch.setattr(
+        transfer, "to_device", lambda *args: brought.append(args[2]) or to_device(*args)
+    )
+    run = KernelPass(side.cells)
+    with work:
+        run(jobs)
+    assert len(seen) == 8
+    # Slots of visual, instruction and columns, and of the text between pictures.
+    assert sorted(work.names) == ["cat"] * 4 + ["mean"]
+    assert brought == [torch.int32]
+
+
+def test_queries_of_a_batch() -> None:
+    """One buffer for all requests; a request whose instruction was split over two forwards."""
+    g = torch.Generator().manual_seed(0)
+    steps = [torch.randn(2, 9, 4, 8, generator=g) for _ in range(2)]
+    whole, split, late = QueryStash((3, 5)), QueryStash((10, 14)), QueryStash((0, 2))
+    for number, q in enumerate(steps):
+        batch = BatchStash(2)
+        if number == 0:
+            whole.claim(0, 5, 0, batch)
+            split.claim(8, 12, 5, batch)
+        else:
+            split.claim(12, 14, 0, batch)
+            late.claim(0, 7, 2, batch)
+        assert len(batch) == 4
+        for layer in range(2):
+            batch.write(layer, q[layer])
+    first, second = steps
+    assert torch.equal(whole.queries(), first[:, 3:5])
+    assert torch.equal(split.queries(), torch.cat([first[:, 7:9], second[:, 0:2]], dim=1))
+    assert torch.equal(late.queries(), second[:, 2:4])
+    assert torch.equal(joined([late.queries(), whole.queries()])[:, 2:], first[:, 3:5])
+
+
+def test_side_by_side_queries_are_not_copied() -> None:
+    buffer = torch.randn(3, 10, 2, 4)
+    whole = joined([buffer[:, 1:3], buffer[:, 3:4], buffer[:, 4:9]])
+    assert whole.data_ptr() == buffer[:, 1:].data_ptr() and torch.equal(whole, buffer[:, 1:9])
+    assert torch.equal(joined([buffer[:, 3:4], buffer[:, 1:3]]), buffer[:, [3, 1, 2]])
+
+
 @KV_DTYPES
-def test_decoders_agree(kv_dtype: torch.dtype) -> None:
+def test_decoders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     """Each implementation reads what it packed: cell orders may differ, attention must not."""
-    sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
+    sides = [build(list(MIXED), kv_dtype, device=device) for _ in range(2)]
     TorchPass(sides[0].cells)(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
-    rows = torch.tensor([3, 4, 1, 2])
-    seq_lens = torch.tensor([PROMPTS[2].length + 2, 50, PROMPTS[0].length + 1, PROMPTS[1].length])
+    rows = torch.tensor([3, 4, 1, 2], device=device)
+    lengths = [PROMPTS[2].length + 2, 50, PROMPTS[0].length + 1, PROMPTS[1].length]
+    seq_lens = torch.tensor(lengths, device=device)
     batch = SimpleNamespace(req_pool_indices=rows, seq_lens=seq_lens)
-    q = torch.randn(4, H_Q, D, generator=torch.Generator().manual_seed(1))
+    q = torch.randn(4, H_Q, D, generator=torch.Generator().manual_seed(1)).to(device)
     outputs = []
     for side, kind in zip(sides, (TorchDecoder, KernelDecoder), strict=True):
         records = {job.record.row: job.record for job in side.jobs}
@@ -153,12 +256,12 @@ def test_decoders_agree(kv_dtype: torch.dtype) -> None:
 
 
 @KV_DTYPES
-def test_extenders_agree(kv_dtype: torch.dtype) -> None:
+def test_extenders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     """The last tokens of two requests, between others' rows, which stay as they are."""
-    sides = build(list(MIXED), kv_dtype), build(list(MIXED), kv_dtype)
+    sides = [build(list(MIXED), kv_dtype, device=device) for _ in range(2)]
     TorchPass(sides[0].cells)(sides[0].jobs)
     KernelPass(sides[1].cells)(sides[1].jobs)
-    q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1))
+    q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1)).to(device)
     outputs = []
     for side in sides:
         jobs = []
@@ -172,13 +275,13 @@ def test_extenders_agree(kv_dtype: torch.dtype) -> None:
             else KernelExtender(side.pool, side.cells.table, side.cells.req_to_token)
         )
         extender.plan(jobs)
-        out = torch.full((L, *q.shape), 7.0)
+        out = torch.full((L, *q.shape), 7.0, device=device)
         for layer in range(L):
             extender.attend(
                 q, out[layer], SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0)
             )
         outputs.append(out)
-    others = torch.ones(20, dtype=torch.bool)
+    others = torch.ones(20, dtype=torch.bool, device=device)
     others[3:5] = others[9:18] = False
     assert (outputs[0][:, others] == 7.0).all() and not (outputs[0][:, ~others] == 7.0).any()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

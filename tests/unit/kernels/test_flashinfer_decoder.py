@@ -51,6 +51,7 @@ class Wrapper:
     def run(
         self, q: torch.Tensor, pages: Any, *, k_scale: Any, v_scale: Any, out: Any
     ) -> torch.Tensor:
+        assert q.is_contiguous()
         k, v = pages  # [pages, page size, H_kv, D]
         assert k.shape[1] == 1 and k_scale is None and v_scale is None and out is None
         bounds = self._paged_kv_indptr_buf.tolist()
@@ -104,7 +105,8 @@ def test_it_agrees_with_the_kernel_step_by_step() -> None:
         )
         ours.plan(batch, [records.get(row) for row in rows])
         assert len(ours._decode._wrapper.plans) == step + 1
-        q = torch.randn(len(rows), H_Q, D, generator=g)
+        # as a slice of a fused projection
+        q = torch.randn(len(rows), H_Q, 2 * D, generator=g)[..., :D]
         for number in range(L):
             layer = SimpleNamespace(layer_id=number, scaling=D**-0.5, logit_cap=0.0)
             torch.testing.assert_close(

@@ -15,7 +15,14 @@ import pytest
 import torch
 
 import aircache_kernels
-from aircache_kernels import OnePlanDecode, decode_attention, pack, reference, score
+from aircache_kernels import (
+    OnePlanDecode,
+    decode_attention,
+    extend_attention,
+    pack,
+    reference,
+    score,
+)
 from aircache_kernels.launch import INTERPRETED
 from tests.unit.kernels.cases import Request, decode_case, prefix, score_case
 
@@ -61,6 +68,19 @@ except ImportError:
     assert done.stdout.splitlines() == ["[0, 1]", "needs triton"]
 
 
+def test_the_engine_s_kernel_classes_need_no_sglang() -> None:
+    """Any machine with torch and triton can run pass, decode and extend of the engine."""
+    names = ("kernel_pass", "kernel_decode", "kernel_extend", "flashinfer_decode", "decode")
+    program = f"""
+import importlib, sys
+sys.modules["sglang"] = None
+for name in {names}:
+    importlib.import_module("aircache_sglang.runtime." + name)
+"""
+    done = python(["-c", program], 120, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_names() -> None:
     for name in aircache_kernels.__all__:
         assert callable(getattr(aircache_kernels, name))
@@ -68,37 +88,58 @@ def test_names() -> None:
         aircache_kernels.scores  # noqa: B018
 
 
-def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
-    """Machine code of bf16 and fp8 variants: what the interpreter accepts, a GPU may not."""
+KERNELS = {
+    "_elite_fwd_kernel",
+    "_lse_fwd_kernel",
+    "_importance_fwd_kernel",
+    "_statistics_fwd_kernel",
+    "_budgets_fwd_kernel",
+    "_select_fwd_kernel",
+    "_pack_fwd_kernel",
+    "_stage_fwd_kernel",
+    "_rows_fwd_kernel",
+    "_text_csr_kernel",
+    "_decode_stage1_kernel",
+    "_decode_stage2_kernel",
+    "_extend_fwd_kernel",
+    "_page_tables_kernel",
+}
+# KiB of shared memory that one block may have (CUDA's programming guide, compute capabilities)
+SHARED = {80: 163, 89: 99, 90: 227}
+
+
+def compile_all(capability: int, shapes: str, cache: Path) -> None:
+    """Machine code of every kernel, within the GPU's shared memory."""
     script = str(Path(__file__).with_name("compile_for_gpu.py"))
-    done = python([script], 280, TRITON_CACHE_DIR=str(tmp_path))
+    arguments = [script, "--capability", str(capability), "--shapes", shapes]
+    done = python(arguments, 850, TRITON_CACHE_DIR=str(cache))
     assert done.returncode == 0, done.stderr[-4000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {record["kernel"] for record in records} == {
-        "_elite_fwd_kernel",
-        "_lse_fwd_kernel",
-        "_importance_fwd_kernel",
-        "_statistics_fwd_kernel",
-        "_budgets_fwd_kernel",
-        "_select_fwd_kernel",
-        "_pack_fwd_kernel",
-        "_stage_fwd_kernel",
-        "_text_csr_kernel",
-        "_decode_stage1_kernel",
-        "_decode_stage2_kernel",
-        "_extend_fwd_kernel",
-        "_page_tables_kernel",
-    }
+    assert {record["kernel"] for record in records} == KERNELS
     assert all(record["cubin"] > 0 for record in records)
-    assert max(record["shared"] for record in records) <= 227 * 1024
+    assert max(record["shared"] for record in records) <= SHARED[capability] * 1024
+
+
+def test_kernels_compile_for_compute_capability_9(tmp_path: Path) -> None:
+    """bf16 and fp8, and arguments that are 1: what the interpreter accepts, a GPU may not."""
+    compile_all(90, "usual", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "shapes"), [(80, "usual"), (80, "other"), (89, "other"), (90, "other")]
+)
+def test_other_shapes_and_gpus_compile(capability: int, shapes: str, tmp_path: Path) -> None:
+    """Head sizes 16, 64, 80 and 256, float16 and float32, Ampere and Ada."""
+    compile_all(capability, shapes, tmp_path)
 
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched from here on."""
-    from aircache_kernels import budgets, packing, scoring, selection
+    """Names of the kernels of the pass launched from here on."""
+    from aircache_kernels import budgets, packing, rows, scoring, selection
 
     seen: list[str] = []
-    for module in (scoring, budgets, selection, packing):
+    for module in (scoring, budgets, selection, packing, rows):
         for name in [name for name in vars(module) if name.endswith("_fwd_kernel")]:
             kernel = getattr(module, name)
 
@@ -115,10 +156,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("n_layers", [1, 5])
-def test_the_pass_is_seven_launches(
+def test_score_to_pack_is_seven_launches(
     n_layers: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole pass, end to end; the number of launches does not depend on L or B."""
+    """End to end; the number of launches does not depend on L or B."""
     seen = launches(monkeypatch)
     sizes, columns = [20, 33], [4, 9]
     case = score_case([5, 7], sizes, n_layers=n_layers, device=device)
@@ -217,6 +258,29 @@ def test_score_and_pack_beyond_2_31_elements(far: int) -> None:
             max_columns=3, in_place=in_place,
         )  # fmt: skip
         assert torch.equal(pool[:, far:], k_want)
+
+
+@on_cpu
+@FAR
+def test_extend_beyond_2_31_elements(far: int) -> None:
+    requests = [Request(40, 5, 30, (1, 29, 9)), Request(12)]
+    small = decode_case(requests, device=torch.device("cpu"))
+    n_layers, rows, n_kv, head_dim = small.k_all.shape
+    q = torch.randn(9, *small.q.shape[1:], generator=torch.Generator().manual_seed(0))
+    qo_indptr, options = prefix([4, 5], q.device), {"max_qo_len": 5, "sm_scale": 0.2}
+
+    def run() -> list[torch.Tensor]:
+        layers = [small.inputs(layer)[1:] for layer in range(n_layers)]
+        return [extend_attention(q, qo_indptr, *inputs, **options) for inputs in layers]
+
+    want = run()
+    for name in ("k_all", "v_all"):
+        pool = sparse_pool(n_layers, far + rows, n_kv, head_dim)
+        pool[:, far:] = getattr(small, name)
+        setattr(small, name, pool)
+    small.req_to_token[small.req_to_token < rows] += far
+    for got, expected in zip(run(), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_one_plan_decode_refuses_what_is_unsafe() -> None:

@@ -97,6 +97,11 @@ def test_cells_beyond_one_tile_and_int32_slots(device: torch.device) -> None:
     hold([300], [[200, 1, 123], [17, 17, 17]][:1], device=device, index_dtype=torch.int32)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_layer_without_cells(in_place: bool, device: torch.device) -> None:
+    hold([31, 6], [[0, 31, 5], [6, 0, 0]], in_place=in_place, device=device)
+
+
 def test_retention_1_in_place_is_a_permutation_with_cycles(device: torch.device) -> None:
     hold([40, 7], [[40] * 4, [7] * 4], in_place=True, overlap="own", device=device)
 

@@ -25,6 +25,7 @@ def hold(importance: torch.Tensor, sizes: list[int], budgets: list[list[int]]) -
     offsets = torch.stack([prefix(row, device) for row in budgets])
     indptr = prefix(sizes, device)
     out = poisoned((n_kv, n_layers * sum(columns)), torch.int32, device)
+    mass = poisoned((len(sizes), n_layers, n_kv), torch.float64, device)
     got = select(
         importance,
         indptr,
@@ -32,9 +33,12 @@ def hold(importance: torch.Tensor, sizes: list[int], budgets: list[list[int]]) -
         prefix(columns, device),
         total_columns=sum(columns),
         max_kv_len=max(sizes),
+        mass=mass,
         out=out,
     )
     assert torch.equal(got, reference.select_reference(importance, indptr, counts))
+    # NaN where an infinite score is
+    assert ((mass >= 0.0) & (mass <= 1.0) | mass.isnan()).all()
     return got
 
 
@@ -49,6 +53,31 @@ def test_uneven_requests(device: torch.device) -> None:
         [63, 5, 111],
         [[1, 63, 26], [5, 5, 5], [110, 1, 111]],
     )
+
+
+def test_a_layer_without_cells(device: torch.device) -> None:
+    """n_l = 0 keeps nothing."""
+    got = hold(random_scores((3, 2, 30 + 4), device), [30, 4], [[0, 30, 6], [4, 0, 2]])
+    assert got.shape == (2, 42)
+
+
+def test_mass(device: torch.device) -> None:
+    """What the kept tokens carry, of the scores or of other weights; all of nothing is 1."""
+    importance, weights = random_scores((3, 2, 27), device), random_scores((3, 2, 27), device, 5)
+    weights[2] = 0.0
+    counts = torch.tensor([[0, 20, 4], [3, 1, 2]], dtype=torch.int32, device=device)
+    indptr = prefix([20, 7], device)
+    offsets = torch.stack([prefix(row, device) for row in counts.tolist()])
+    for other, carried in ((None, importance), (weights, weights)):
+        mass = poisoned((2, 3, 2), torch.float64, device)
+        got = select(
+            importance, indptr, offsets, prefix([8, 2], device),
+            total_columns=10, max_kv_len=20, weights=other, mass=mass,
+        )  # fmt: skip
+        want = reference.mass_reference(carried, indptr, got, counts)
+        # float64 sums in another order
+        torch.testing.assert_close(mass, want, rtol=1e-12, atol=0.0)
+    assert (mass[:, 2] == 1.0).all() and (mass[0, :2, 0] == want[0, :2, 0]).all()
 
 
 def test_all_equal_keeps_the_earliest(device: torch.device) -> None:
