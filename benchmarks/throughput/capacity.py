@@ -8,6 +8,7 @@ arrivals, every picture a new one. Ours is what watches the scheduler meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -181,37 +182,40 @@ def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None
 
 
 def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, Client]) -> None:
-    """A burst, then the search for the rate, for stock SGLang and each retention."""
+    """For stock SGLang and each retention a burst, then the search for the rate.
+
+    All bursts come first: they say how many requests are held, and take the least time.
+    """
     with servers(preset, clients) as running:
-        for retention in SETTINGS:
-            cell = Cell(retention, 1, preset.picture_tokens, 0)
-            if clients and cell.policy not in clients:
-                continue
+        cells = {r: Cell(r, 1, preset.picture_tokens, 0) for r in SETTINGS}
 
-            def run(rate: float, retention: float | None = retention, cell: Cell = cell) -> Row:
-                key = {
-                    "benchmark": "capacity",
-                    "retention": retention,
-                    "visual_tokens": load.visual_tokens,
-                    "rate": "burst" if rate == BURST else round(rate, 4),
-                }
+        def run(retention: float | None, rate: float) -> Row:
+            key = {
+                "benchmark": "capacity",
+                "retention": retention,
+                "visual_tokens": load.visual_tokens,
+                "rate": "burst" if rate == BURST else round(rate, 4),
+            }
 
-                def measured() -> Row:
-                    client = running.of(cell)
-                    model = str(client.info()["model_path"])
-                    return trial(client, load, model, retention, rate, seed_of(key))
+            def measured() -> Row:
+                client = running.of(cells[retention])
+                model = str(client.info()["model_path"])
+                return trial(client, load, model, retention, rate, seed_of(key))
 
-                results.measure(key, measured)
-                return next(row for row in results.rows if row["key"] == key)
+            results.measure(key, measured)
+            return next(row for row in results.rows if row["key"] == key)
 
-            def in_time(rate: float) -> bool:
-                row = run(rate)
-                return bool(
-                    row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
-                )
+        def in_time(retention: float | None, rate: float) -> bool:
+            row = run(retention, rate)
+            return bool(
+                row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
+            )
 
-            run(BURST)
-            highest_rate(in_time, load.rate)
+        asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
+        for retention in asked:
+            run(retention, BURST)
+        for retention in asked:
+            highest_rate(functools.partial(in_time, retention), load.rate)
 
 
 def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[str]:
