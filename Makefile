@@ -28,7 +28,7 @@ test: test-unit ## unit tests, then real servers on this machine's CPU
 	@$(PYTHON); $(TEST) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
 
 test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
-	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu" $(ARGS)
+	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu and not slow" $(ARGS)
 	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(ARGS)
 
 # Nothing of pyproject.toml: it asks for plugins that another interpreter may not have.
@@ -55,7 +55,7 @@ bench-parts: ## attention, the compression pass and the overhead of a step, with
 quality: ## what compression does to answers; ARGS="--grid table5", --help
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.quality $(ARGS); "$$python" -m benchmarks.quality report
 
-train: ## train the model that reads pages, an hour and a half on one core; ARGS=--help
+train: ## train the model that reads pages, about three hours on one core; ARGS=--help
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.documents.train $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays

@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.documents.train", description=__doc__
     )
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="state of the run")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
     parser.add_argument(
