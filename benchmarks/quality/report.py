@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents.questions import KINDS, evaluation_set
 from benchmarks.quality import metrics
 from benchmarks.quality.grid import read
 from benchmarks.quality.scores import Scores, difference
@@ -171,6 +172,41 @@ def mean_table(scores: Scores, name: str, title: str, text: str) -> Iterator[str
     if lines:
         yield f"### {title}\n\n{text} In brackets the answers that have it.\n"
         yield table(["policy", *map(percent, retentions)], lines)
+
+
+def with_anls(rows: Sequence[Row]) -> list[Row]:
+    """Rows of our own documents with `anls` beside the exact match; answers follow from seeds."""
+    answers: dict[str, str] = {}
+    for kind in KINDS:
+        of_kind = [row["key"]["sample"] for row in rows if row["key"]["kind"] == kind]
+        numbers = [int(n) for n in (name.rpartition("-")[2] for name in of_kind) if n.isdigit()]
+        questions = evaluation_set(kind, max(numbers, default=-1) + 1)
+        answers |= {question.id: question.answer for question in questions}
+    return [
+        row | {"anls": metrics.anls(row["answer"], [answers[row["key"]["sample"]]])}
+        if row["key"]["sample"] in answers
+        else row
+        for row in rows
+    ]
+
+
+def full_cache_table(scores: Scores, kinds: Sequence[str]) -> Iterator[str]:
+    """Exact match and ANLS of every sample that the full cache has answered."""
+    rows = scores.of(Setting.of(FULL)).values()
+    lines = []
+    for kind in kinds:
+        found = [row for row in rows if row["key"]["kind"] == kind and "anls" in row]
+        if found:
+            right = 100 * statistics.fmean(row["score"] for row in found)
+            near = 100 * statistics.fmean(row["anls"] for row in found)
+            lines.append([f"`{kind}`", str(len(found)), f"{right:.1f}", f"{near:.1f}"])
+    if lines:
+        yield "### The full cache, on all that it has answered\n"
+        yield table(["kind", "samples", "exact match", "ANLS"], lines)
+
+
+def anls_table(scores: Scores) -> Iterator[str]:
+    yield from mean_table(scores, "anls", "ANLS", "The metric of DocVQA and InfoVQA, in [0, 1].")
 
 
 def divergence_table(scores: Scores) -> Iterator[str]:
@@ -456,14 +492,18 @@ def sections(path: Path, page: Path) -> Iterator[str]:
     yield header(path, runs, rows)
     for name in dict.fromkeys(row["key"]["dataset"] for row in rows):
         of_set = [row for row in rows if row["key"]["dataset"] == name]
+        if name == "ours":
+            of_set = with_anls(of_set)
         scores = Scores(of_set)
         yield f"## Data set `{name}`, {', '.join(sorted({row['metric'] for row in of_set}))}\n"
         yield from checks(of_set)
         yield from policy_tables(scores, of_set)
+        yield from full_cache_table(scores, list(dict.fromkeys(r["key"]["kind"] for r in of_set)))
         for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
             yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
         yield from rank_tables(scores)
+        yield from anls_table(scores)
         yield from divergence_table(scores)
         yield from mass_table(scores)
         yield from budget_table(scores)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.documents.questions import evaluation_set
 from benchmarks.quality.report import BEGIN, END, PAGE, PAPER, report
 from benchmarks.quality.scores import Scores, difference, total
 from benchmarks.quality.settings import (
@@ -30,11 +31,18 @@ RUN = {
 
 
 def row(
-    setting: Setting, sample: int, score: float, *, kind: str = "value", **more: Any
+    setting: Setting,
+    number: int,
+    score: float,
+    *,
+    kind: str = "value",
+    sample: str | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    key = {"dataset": "ours", "kind": kind, "sample": f"{kind}{sample}", "setting": setting.key()}
+    sample = sample or f"{kind}{number}"
+    key = {"dataset": "ours", "kind": kind, "sample": sample, "setting": setting.key()}
     report = {"columns": 1} if setting.compresses else {}
-    fixed = {"run": 1, "answer": "", "metric": "exact_match", "group": f"{kind}{sample}"}
+    fixed = {"run": 1, "answer": "", "metric": "exact_match", "group": sample}
     return {"key": key, **fixed, "seconds": 0.1, "score": score, **report, **more}
 
 
@@ -72,6 +80,18 @@ def test_a_table_compares_what_all_have_answered(tmp_path: Path) -> None:
     )
     # The paper's row for Qwen2-VL-7B: (75.9 + 70.7 + 78.3 + 68.6) / 4.
     assert "| AirCache | 73.4 |" in text
+
+
+def test_anls_of_our_documents(tmp_path: Path) -> None:
+    """The answer as it stands on the page, one with a character too many, and none of it."""
+    questions = evaluation_set("value", 3)
+    said = (questions[0].answer, questions[1].answer + "X", "")
+    rows = [
+        row(Setting.of(FULL), i, float(i == 0), answer=text, sample=question.id)
+        for i, (question, text) in enumerate(zip(questions, said, strict=True))
+    ]
+    near = 1 - 1 / (len(questions[1].answer) + 1)
+    assert f"| `value` | 3 | 33.3 | {100 * (1 + near) / 3:.1f} |" in printed(tmp_path, rows)
 
 
 def test_goals_can_be_missed(tmp_path: Path) -> None:
