@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             )
             work.run()
     if work.failed:
-        print(f"error: {len(work.failed)} requests failed, as {work.failed[0]}", file=sys.stderr)
+        print(f"error: requests failed: {len(work.failed)}, as {work.failed[0]}", file=sys.stderr)
     return 1 if work.failed else 0
 
 

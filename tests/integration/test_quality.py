@@ -154,5 +154,6 @@ def test_a_video_that_the_server_cannot_read(aircache_server: Server, tmp_path: 
     done = quality(*arguments, "--policies", "aircache", "--retentions", 0.1)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
-    assert message.startswith("error: 2 requests failed, as mmbench-video 0, none: HTTP 4")
+    # Without the full cache's answer the sample is left to the next run.
+    assert message.startswith("error: requests failed: 1, as mmbench-video 0, none: HTTP 4")
     assert not (tmp_path / "rows.jsonl").read_text()
