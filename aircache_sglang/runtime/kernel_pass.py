@@ -19,7 +19,7 @@ from aircache_kernels import (
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation, AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.stash import joined
-from aircache_sglang.runtime.transfer import vectors_to_device
+from aircache_sglang.runtime.transfer import indptr, vectors_to_device
 
 # window, alpha, elite, budget
 Group = tuple[str, float, str, str]
@@ -159,7 +159,7 @@ class KernelPass:
             cells.table.gap_start,
             cells.table.gap_len,
         )
-        bounds = itertools.pairwise(itertools.accumulate(columns, initial=0))
+        bounds = itertools.pairwise(indptr(columns))
         kept = [selected[:, n_layers * first : n_layers * last] for first, last in bounds]
         host_budgets = budgets.to("cpu", non_blocking=True)
         host_masses = cells.heads.mean(masses.mean(dim=(1, 2))).to("cpu", non_blocking=True)
@@ -167,8 +167,3 @@ class KernelPass:
             records, host_budgets, kept, host_masses, strict=True
         ):
             cells.keep(record, layers, chosen, mass)
-
-
-def indptr(lengths: Sequence[int]) -> list[int]:
-    """[len + 1], FlashInfer's."""
-    return list(itertools.accumulate(lengths, initial=0))

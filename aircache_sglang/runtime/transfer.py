@@ -23,6 +23,11 @@ def vectors_to_device(vectors: Sequence[Sequence[int]], device: torch.device) ->
     return [part[: len(vector)] for part, vector in zip(parts, vectors, strict=True)]
 
 
+def indptr(lengths: Sequence[int]) -> list[int]:
+    """[len + 1], FlashInfer's."""
+    return list(itertools.accumulate(lengths, initial=0))
+
+
 def prefix_sums(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 [len + 1], FlashInfer's indptr."""
-    return to_device(itertools.accumulate(lengths, initial=0), device, torch.int32)
+    """int32 [len + 1], `indptr` on the device."""
+    return to_device(indptr(lengths), device, torch.int32)

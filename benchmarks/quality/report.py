@@ -190,16 +190,16 @@ def with_anls(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def full_cache_table(scores: Scores, kinds: Sequence[str]) -> Iterator[str]:
+def full_cache_table(rows: Sequence[Row]) -> Iterator[str]:
     """Exact match and ANLS of every sample that the full cache has answered."""
-    rows = scores.of(Setting.of(FULL)).values()
-    lines = []
-    for kind in kinds:
-        found = [row for row in rows if row["key"]["kind"] == kind and "anls" in row]
-        if found:
-            right = 100 * statistics.fmean(row["score"] for row in found)
-            near = 100 * statistics.fmean(row["anls"] for row in found)
-            lines.append([f"`{kind}`", str(len(found)), f"{right:.1f}", f"{near:.1f}"])
+    full, lines = Setting.of(FULL), []
+    for kind in dict.fromkeys(row["key"]["kind"] for row in rows):
+        scores = Scores(rows, kind)
+        samples = list(scores.of(full))
+        near = scores.mean(full, samples, "anls")
+        if near is not None:
+            right = cell(scores.score(full, samples))
+            lines.append([f"`{kind}`", str(len(samples)), right, cell(100 * near)])
     if lines:
         yield "### The full cache, on all that it has answered\n"
         yield table(["kind", "samples", "exact match", "ANLS"], lines)
@@ -498,7 +498,7 @@ def sections(path: Path, page: Path) -> Iterator[str]:
         yield f"## Data set `{name}`, {', '.join(sorted({row['metric'] for row in of_set}))}\n"
         yield from checks(of_set)
         yield from policy_tables(scores, of_set)
-        yield from full_cache_table(scores, list(dict.fromkeys(r["key"]["kind"] for r in of_set)))
+        yield from full_cache_table(of_set)
         for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
             yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
