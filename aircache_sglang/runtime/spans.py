@@ -70,12 +70,6 @@ class VisualPrompt:
         gaps = itertools.pairwise(self.spans)
         return [values[:0], *[values[left[1] : right[0]] for left, right in gaps]]
 
-    def between_positions(self) -> torch.Tensor:
-        """int64 [n_between], ascending: text positions in [start, end)."""
-        gaps = zip(self.spans, self.spans[1:], strict=False)
-        parts = [torch.arange(left[1], right[0]) for left, right in gaps]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
 
 def merge_spans(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...] | None:
     """Sort half-open spans and join the adjacent ones; None if two of them overlap."""

@@ -25,6 +25,7 @@ from aircache_sglang.runtime.packing import cells_of, pack
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.spans import between_positions
 
 SCALE = 0.37
 SIZES = [(1, 1, 4), (2, 2, 8), (4, 2, 8), (6, 1, 5)]  # query heads, KV heads, head size
@@ -102,7 +103,7 @@ class World:
             visual = slots[positions]
             selected = cells_of(order, budgets, m * self.n_layers)
             pack(self.k_all, self.v_all, visual, record.columns, selected, budgets)
-            between = slots[prompt.between_positions()]
+            between = slots[between_positions(prompt)]
             self.k_all[:, record.copies] = self.k_all[:, between]
             self.v_all[:, record.copies] = self.v_all[:, between]
             gap_end = prompt.start + prompt.n_visual

@@ -19,6 +19,7 @@ from aircache_sglang.runtime.packing import absolute_rows, cell_address, cells_o
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.spans import between_positions
 
 
 def draw_budgets(draw: st.DrawFn, n_layers: int, m: int, n_visual: int) -> list[int]:
@@ -195,13 +196,13 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     k_visual = k_before[:, slots[prompt.visual_positions()]]
     assert torch.equal(policy.seen.k_visual, k_visual)
     assert policy.seen.k_context is not None
-    context = slots[[0, 1, *prompt.between_positions().tolist()]]
+    context = slots[[0, 1, *between_positions(prompt).tolist()]]
     assert torch.equal(policy.seen.k_context, k_before[:, context])
     row = req_to_token[2].tolist()
     assert row[:2] == slots[:2].tolist()
     assert row[2:5] == record.columns.tolist()
     assert row[5:12] == [0] * 7
-    between = slots[prompt.between_positions()]
+    between = slots[between_positions(prompt)]
     assert row[12:15] == (record.copies if n_copies else between).tolist()
     assert row[15:18] == slots[15:18].tolist()
     assert row[18:] == [-7] * 14

@@ -58,6 +58,7 @@ from aircache_sglang.runtime.record import Intent, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
 from aircache_sglang.runtime.tree import Kind, Node
+from tests.support.spans import between_positions
 
 LAYERS, KV_HEADS, Q_HEADS, DIM = 2, 1, 2, 2
 INSTRUCTION = 3  # tokens that are scored, and computed anew by every compressed request
@@ -330,7 +331,7 @@ class World:
         if self.tree.disable:
             behind += record.originals[: prompt.start].tolist()
             if not record.intent.n_copies:
-                behind += record.originals[prompt.between_positions()].tolist()
+                behind += record.originals[between_positions(prompt)].tolist()
         return behind
 
     def check(self) -> None:
@@ -370,7 +371,7 @@ class World:
             prompt, m = node.content.intent.prompt, node.content.intent.columns
             assert prompt.length == len(tokens)
             self._check_columns(prompt, slots[:m], tokens)
-            text = [*prompt.between_positions().tolist(), *range(prompt.end, prompt.length)]
+            text = [*between_positions(prompt).tolist(), *range(prompt.end, prompt.length)]
             slots, positions = slots[m:], text
         elif node.replica is not None:
             assert node.replica.content is not None
@@ -396,7 +397,7 @@ class World:
             self._check_columns(prompt, record.columns.tolist(), tokens)
             for p in prompt.visual_positions().tolist():
                 del places[p]
-            for j, p in enumerate(prompt.between_positions().tolist()):
+            for j, p in enumerate(between_positions(prompt).tolist()):
                 places[p] = gap_end + j
             lossy_from = prompt.length if record.reused else req.extend_end
             if record.stage is Stage.PREFILLED:

@@ -38,6 +38,7 @@ from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.tree import Kind
+from tests.support.spans import between_positions
 
 POOL = 60
 ROWS, CONTEXT = 8, 64
@@ -240,7 +241,7 @@ class World:
         for j, slot in enumerate(record.columns.tolist()):
             self.label[slot] = ("column", intent.config.variant(), req.prefix(prompt.length), j)
         if intent.n_copies:
-            between = originals[prompt.between_positions()]
+            between = originals[between_positions(prompt)]
             for source, slot in zip(between.tolist(), record.copies.tolist(), strict=True):
                 self.label[slot] = self.label[source]
         budgets = torch.full((2,), intent.columns)
@@ -281,7 +282,7 @@ class World:
         assert row[prompt.start : prompt.start + m] == record.columns.tolist()
         gap_end = prompt.start + prompt.n_visual
         assert not any(row[prompt.start + m : gap_end])
-        for j, position in enumerate(prompt.between_positions().tolist()):
+        for j, position in enumerate(between_positions(prompt).tolist()):
             assert self.label[row[gap_end + j]] == (None, req.prefix(position + 1))
         exact_end = len(req.prompt) if not record.exact_tail else self.prefilled(req)
         exact_end = prompt.length if record.reused else exact_end

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import (
@@ -44,7 +45,7 @@ def test_one_picture() -> None:
     assert (prompt.start, prompt.end, prompt.n_between) == (2, 7, 0)
     assert prompt.instruction == (7, 10)
     assert prompt.visual_positions().tolist() == [2, 3, 4, 5, 6]
-    assert prompt.between_positions().tolist() == []
+    assert prompt.between_of(torch.arange(prompt.length)).tolist() == []
 
 
 def test_several_pictures_in_any_order_and_text_between() -> None:
@@ -54,7 +55,7 @@ def test_several_pictures_in_any_order_and_text_between() -> None:
     assert prompt.spans == ((0, 3), (5, 6), (8, 10))
     assert (prompt.start, prompt.end, prompt.n_visual, prompt.n_between) == (0, 10, 6, 4)
     assert prompt.visual_positions().tolist() == [0, 1, 2, 5, 8, 9]
-    assert prompt.between_positions().tolist() == [3, 4, 6, 7]
+    assert prompt.between_of(torch.arange(prompt.length)).tolist() == [3, 4, 6, 7]
 
 
 def test_adjacent_pictures_are_one_span() -> None:
@@ -153,7 +154,7 @@ def test_positions_partition_the_prompt(data: st.DataObject) -> None:
     visual = [position for position, token in enumerate(ids) if token >= PAD]
     assert prompt.visual_positions().tolist() == visual
     assert prompt.n_visual == len(visual)
-    between = prompt.between_positions().tolist()
+    between = prompt.between_of(torch.arange(prompt.length)).tolist()
     assert len(between) == prompt.n_between
     assert sorted(visual + between) == list(range(prompt.start, prompt.end))
     assert merge_spans(prompt.spans) == prompt.spans
