@@ -45,6 +45,9 @@ class Client:
         self.timeout = timeout
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
+        # SGLang's LLaVA processor forks workers that inherit the open connections: one that uvicorn
+        # closes after 5 idle seconds stays open for the client, who would wait on it for ever.
+        self._session.headers["Connection"] = "close"
 
     def request(self, method: str, path: str, json: Any = None) -> requests.Response:
         """Send a request and return the response, whatever its status."""
