@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.config import AirCacheConfig
@@ -211,7 +212,8 @@ def overhead(results: Results, layers: list[int], budget: float) -> None:
     for n_layers in layers:
         for name, kind in (("none", NoBackend), ("aircache", compressing(NoBackend))):
             backend: Any = kind()
-            backend.aircache = AttentionState(None, None, None)  # type: ignore[arg-type]
+            unused: Any = None
+            backend.aircache = AttentionState(unused, unused, unused, get_capture_attention_variant)
 
             def step(backend: Any = backend, n_layers: int = n_layers) -> None:
                 backend.init_forward_metadata(batch)

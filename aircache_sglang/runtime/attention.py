@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import BatchStash
 
@@ -45,11 +42,16 @@ class Extender(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class AttentionState:
-    """What the backend shares with the compressor (runtime/engine.py), which sets it a forward."""
+    """What the backend shares with the compressor (runtime/engine.py), which sets it a forward.
 
-    pool: LayerContiguousKVPool
+    capture_variant: the label of the CUDA graph that is being captured, None outside a capture
+        (model_executor/runner_utils/capture_mode.py, get_capture_attention_variant).
+    """
+
+    pool: KVPlanes
     decoder: Decoder
     extender: Extender
+    capture_variant: Callable[[], str | None]
     # What keeps queries while this forward runs; None where it keeps none.
     queries: BatchStash | None = None
     # The queries whose attention to the picture is added up while this forward runs.
@@ -81,7 +83,7 @@ class AttentionState:
 
     def decodes(self) -> bool:
         """Whether this decode step, or the graph that is being captured, has packed cells."""
-        variant = get_capture_attention_variant()
+        variant = self.capture_variant()
         return bool(self.records) if variant is None else variant == COMPRESSED
 
     def decode(
@@ -89,8 +91,7 @@ class AttentionState:
     ) -> torch.Tensor:
         """Write the new token's cell and attend; q: [bs, H_q * D], returns [bs, H_q * D]."""
         if save_kv_cache and k is not None:
-            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self.pool.set_kv_buffer(layer, loc, k, v)
+            self.pool.write(layer, forward_batch.out_cache_loc, k, v)
         heads = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = self.decoder.attend(heads, layer, forward_batch)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
@@ -173,18 +174,19 @@ def compressing(stock: type) -> type:
             eager = bool(state.queries or state.sum_work or state.extends)
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
-        def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+        def shared_read_ends(self, fm: Any) -> Any:
             """Our decode reads the live row and table in every layer; all else is stock."""
+            ends = super().shared_read_ends(fm)
             if fm.is_decode() and self.aircache.decodes():
-                return SharedReadEnds.POST_REPLAY
-            return super().shared_read_ends(fm)
+                return type(ends).POST_REPLAY
+            return ends
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend
 
 
-def adopt(backend: AttentionBackend, state: AttentionState) -> None:
-    """Make a constructed backend a compressing one.
+def adopt(backend: Any, state: AttentionState) -> None:
+    """Make a constructed backend of SGLang's a compressing one.
 
     The object stays what it was, with all its state and an instance of its own class: a wrapper
     would have to forward every attribute that SGLang reads off a backend.

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.packing import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
-
-if TYPE_CHECKING:
-    # imports SGLang, which the classes here do not need
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,9 +144,7 @@ def attend(
 class TorchDecoder:
     """Plans a decode step on the host and attends in torch; for the CPU."""
 
-    def __init__(
-        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
-    ) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
         self.pool = pool
         self.table = table
         self.req_to_token = req_to_token

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
 from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import MASS_LADDER, AirCacheConfig
@@ -130,7 +131,7 @@ class Compressor:
                     scale=scale,
                 )
             extender = KernelExtender(pool, self.table, self.req_to_token)
-        self.attention = AttentionState(pool, decoder, extender)
+        self.attention = AttentionState(pool, decoder, extender, get_capture_attention_variant)
         adopt(model_runner.attn_backend, self.attention)
 
     def intent(self, req: Any) -> Intent | None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.runtime.decode import layer_cell_rows
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-
-if TYPE_CHECKING:
-    # imports SGLang, which the classes here do not need
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +96,7 @@ def attend_extend(
 class TorchExtender:
     """Plans a prefill on the host and attends in torch, a request at a time."""
 
-    def __init__(self, pool: LayerContiguousKVPool, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: KVPlanes, req_to_token: torch.Tensor) -> None:
         self.pool = pool
         self.req_to_token = req_to_token
         self._plans: list[ExtendPlan] = []

@@ -7,17 +7,14 @@ Never run on a GPU: tested against a stand-in for FlashInfer that reads its tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aircache_kernels import OnePlanDecode, build_flashinfer_tables
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
-
-if TYPE_CHECKING:
-    # imports SGLang, which the classes here do not need
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 WORKSPACE_BYTES = 128 << 20
 
@@ -48,7 +45,7 @@ class FlashInferDecoder:
 
     def __init__(
         self,
-        pool: LayerContiguousKVPool,
+        pool: KVPlanes,
         table: CompressionTable,
         req_to_token: torch.Tensor,
         *,

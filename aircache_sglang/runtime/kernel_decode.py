@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aircache_kernels import decode_attention
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable
-
-if TYPE_CHECKING:
-    # imports SGLang, which the classes here do not need
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 class KernelDecoder:
@@ -25,9 +22,7 @@ class KernelDecoder:
     compressed.
     """
 
-    def __init__(
-        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
-    ) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
         self.pool = pool
         self.table = table
         self.req_to_token = req_to_token

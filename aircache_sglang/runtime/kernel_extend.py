@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aircache_kernels import extend_attention
 from aircache_sglang.runtime.extend import ExtendJob
+from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.table import CompressionTable
 from aircache_sglang.runtime.transfer import prefix_sums, to_device
-
-if TYPE_CHECKING:
-    # imports SGLang, which the classes here do not need
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
 
 
 class KernelExtender:
@@ -24,9 +21,7 @@ class KernelExtender:
     Their slots are found through the live row and the table, in which they have been entered.
     """
 
-    def __init__(
-        self, pool: LayerContiguousKVPool, table: CompressionTable, req_to_token: torch.Tensor
-    ) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
         self.pool = pool
         self.table = table
         self.req_to_token = req_to_token

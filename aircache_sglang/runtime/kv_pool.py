@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV pool in which any layer can read any cell."""
+"""SGLang's KV pool with the planes that packing needs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+
+from aircache_sglang.runtime.kv_planes import KVPlanes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
-class LayerContiguousKVPool(MHATokenToKVPool):
-    """SGLang's MHA pool with the buffers of all layers in one tensor [2, L, rows, H_kv, D].
+class LayerContiguousKVPool(KVPlanes, MHATokenToKVPool):
+    """SGLang's MHA pool with the buffers of all layers in one tensor.
 
-    `k_all` and `v_all` are its halves [L, rows, H_kv, D]; `k_buffer[l]` and `v_buffer[l]` stay
-    SGLang's per-layer views of them, so every stock reader and writer works unchanged
-    (mem_cache/memory_pool.py, MHATokenToKVPool._create_buffers_normal). Row `slot` of plane `l` is
-    the absolute row `l * rows + slot`, with rows = size + page_size: slot 0 is the padding slot.
-
-    With float8 KV SGLang's views are raw bytes, ours have the type itself.
+    `k_buffer[l]` and `v_buffer[l]` stay SGLang's per-layer views, so every stock reader and writer
+    works unchanged (mem_cache/memory_pool.py, MHATokenToKVPool._create_buffers_normal).
     """
-
-    k_all: torch.Tensor
-    v_all: torch.Tensor
 
     def _create_buffers_normal(self) -> None:
         if self.use_hnd or self.kv_cache_layout != "nhd":
@@ -40,17 +37,10 @@ class LayerContiguousKVPool(MHATokenToKVPool):
                 "--kv-policy aircache holds KV of 16 or 32 bits, or float8_e4m3fn, "
                 f"got {self.dtype}; set --kv-cache-dtype bf16"
             )
-        rows = self.size + self.page_size
+        shape = (self.layer_num, self.size + self.page_size, self.head_num, self.head_dim)
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            cells = torch.zeros(
-                (2, self.layer_num, rows, self.head_num, self.head_dim),
-                dtype=self.store_dtype,
-                device=self.device,
-            )
-        self.k_all, self.v_all = cells.view(self.dtype).unbind(0)
-        self.k_buffer, self.v_buffer = (list(half.unbind(0)) for half in cells.unbind(0))
+            self.create_planes(shape, self.dtype, self.store_dtype, self.device)
 
-    @property
-    def rows(self) -> int:
-        """Rows of one plane, the padding slot included."""
-        return int(self.k_all.shape[1])
+    def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store one layer's K and V, in its own type and scaling."""
+        self.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)

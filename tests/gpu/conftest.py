@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real-GPU runs: torch, triton and aircache_kernels are enough, SGLang need not be installed."""
+"""Real-GPU runs: torch and triton are enough, SGLang need not be installed."""
 
 from __future__ import annotations
 

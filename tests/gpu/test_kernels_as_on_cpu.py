@@ -11,6 +11,7 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
 MODULES = (
+    "backend",
     "budgets",
     "decode",
     "engine_twins",

@@ -11,7 +11,10 @@ import pytest
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_executor.runner_utils.capture_mode import _set_capture_attention_variant
+from sglang.srt.model_executor.runner_utils.capture_mode import (
+    _set_capture_attention_variant,
+    get_capture_attention_variant,
+)
 
 from aircache_sglang.runtime.attention import (
     COMPRESSED,
@@ -64,8 +67,9 @@ def no_capture() -> Iterator[None]:
 
 @pytest.fixture
 def state() -> AttentionState:
-    pool = SimpleNamespace(start_layer=0, set_kv_buffer=lambda *args: None)
-    return AttentionState(pool, Decoder(), SimpleNamespace())  # type: ignore[arg-type]
+    pool: Any = SimpleNamespace(start_layer=0, write=lambda *args: None)
+    extender: Any = SimpleNamespace()
+    return AttentionState(pool, Decoder(), extender, get_capture_attention_variant)
 
 
 @pytest.fixture

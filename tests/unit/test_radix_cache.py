@@ -156,9 +156,8 @@ class World:
         )
         compressor.compress = TorchPass(cells)
         decoder = TorchDecoder(self.pool, compressor.table, self.rows.req_to_token)
-        compressor.attention = AttentionState(
-            self.pool, decoder, TorchExtender(self.pool, self.rows.req_to_token)
-        )
+        extender = TorchExtender(self.pool, self.rows.req_to_token)
+        compressor.attention = AttentionState(self.pool, decoder, extender, lambda: None)
         self.compressor = compressor
         self.tree = AirCacheRadixCache(
             CacheInitParams(

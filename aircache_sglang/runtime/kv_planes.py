@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K and V of all layers in one tensor, so that any layer can read any cell."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+
+class KVPlanes(ABC):
+    """What decode, extension and the pass know of a KV pool; SGLang's is in kv_pool.py.
+
+    k_all, v_all: [L, rows, H_kv, D], the halves of one tensor. Row `slot` of plane `l` is the
+        absolute row `l * rows + slot`; slot 0 is the padding slot.
+    k_buffer, v_buffer: views [rows, H_kv, D] of them by layer, as SGLang reads and writes them;
+        with float8 KV they are raw bytes, while k_all and v_all have the type itself.
+    layer_num, start_layer: layers of this pool, and the model's number of the first.
+    """
+
+    k_all: torch.Tensor
+    v_all: torch.Tensor
+    k_buffer: list[torch.Tensor]
+    v_buffer: list[torch.Tensor]
+    layer_num: int
+    start_layer: int
+
+    def create_planes(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        store_dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Allocate zeros; shape: (L, rows, H_kv, D); store_dtype: of as many bytes as dtype."""
+        cells = torch.zeros((2, *shape), dtype=store_dtype, device=device)
+        self.k_all, self.v_all = cells.view(dtype).unbind(0)
+        self.k_buffer, self.v_buffer = (list(half.unbind(0)) for half in cells.unbind(0))
+
+    @property
+    def rows(self) -> int:
+        """Rows of one plane, the padding slot included."""
+        return int(self.k_all.shape[1])
+
+    @abstractmethod
+    def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store one layer's K and V, [n, H_kv, D] each or flat, in slots [n]."""
