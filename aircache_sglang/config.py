@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 # The paper never scores more than a prompt's instruction; contexts of agents can hold far more text
@@ -33,8 +33,11 @@ BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid")
 ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
 GATE_MODES = ("auto", "off")
+# The policies that can evict text too: those of the paper's table 6.
+UNIFIED = ("aircache", "h2o")
 SELECTION_MODES = ("per-head", "shared")
 MERGE_MODES = ("position", "similar")
+AUDIENCES = ("visual", "all")
 # The retentions among which `min_visual_mass` chooses.
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
@@ -111,6 +114,7 @@ class Ablation:
         count goes on at the first.
     seed: of policy `random`. kernel: width of the pool of `snapkv` and `pyramidkv`, odd.
     sinks: of policy `streaming`.
+    audience: what may be evicted, `visual` tokens or `all` of the prompt (paper table 6).
     """
 
     selection: str = "per-head"
@@ -120,6 +124,7 @@ class Ablation:
     seed: int = 0
     kernel: int = 7
     sinks: int = 4
+    audience: str = "visual"
 
     def changed(self, name: str, changes: Any) -> Ablation:
         """Replace the knobs that the object `changes` holds. Raises ValueError that names one."""
@@ -135,6 +140,7 @@ class Ablation:
             seed=_check_count(f"{name}.seed", new.seed, 0),
             kernel=_check_odd(f"{name}.kernel", new.kernel),
             sinks=_check_count(f"{name}.sinks", new.sinks, 0),
+            audience=_check_choice(f"{name}.audience", new.audience, AUDIENCES),
         )
 
     @classmethod
@@ -187,13 +193,18 @@ class AirCacheConfig:
     return_selection: bool = False
 
     def validated(self, prefix: str) -> AirCacheConfig:
-        """Check every field but `ablation`; `prefix` names them in errors. Raises ValueError."""
+        """Check every field but the knobs of `ablation`; `prefix` names them in errors.
+
+        Raises ValueError.
+        """
 
         def name(field: str) -> str:
             if field == "policy" and prefix.startswith("--"):
                 return "--kv-policy"
             return prefix + (field.replace("_", "-") if prefix.startswith("--") else field)
 
+        if self.ablation.audience == "all":
+            self._check_unified(name)
         mass = self.min_visual_mass
         if mass is not None:
             mass = _check_share(name("min_visual_mass"), mass, zero_allowed=False)
@@ -212,6 +223,21 @@ class AirCacheConfig:
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
+
+    def _check_unified(self, name: Callable[[str], str]) -> None:
+        """Refuse what has no meaning once text is evicted too."""
+        found = _LAST_N.fullmatch(self.window) if isinstance(self.window, str) else None
+        for field, bad in (
+            ("policy", self.policy not in ("none", *UNIFIED)),
+            ("reuse", self.reuse != "exact"),
+            ("window", found is not None and found.group(1) == "visual"),
+            ("min_visual_mass", self.min_visual_mass is not None),
+        ):
+            if bad:
+                raise ValueError(
+                    f"{name('ablation')} with audience all does not go with {name(field)} "
+                    f"{getattr(self, field)}; its policies are {', '.join(UNIFIED)}"
+                )
 
     @staticmethod
     def _check_flag(name: str, value: Any) -> bool:

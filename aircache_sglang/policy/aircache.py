@@ -64,6 +64,7 @@ class AirCache(Policy):
             scale=states.scale,
             elite=self.elite,
             window=self.window,
+            unified=states.unified,
         )
 
     def statistics(self, states: States, scores: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class States:
 
     q_text: [L, N_t, H_q, D] queries of the instruction; k_text: [L, N_t, H_kv, D] its keys.
     k_visual: [L, N_v, H_kv, D] keys of the visual tokens.
+    unified: k_visual are the keys of the whole prompt instead, in order, and the instruction's own
+        are the last of them (paper, table 6).
     k_context: [L, N_c, H_kv, D] keys of all text before the instruction, for a policy that
         `reads_context`; None stands for none.
     q_visual: [L, W, H_q, D] queries of the last W visual tokens, W = min(N_v, `visual_window`).
@@ -32,6 +34,7 @@ class States:
     k_context: Tensor | None = None
     q_visual: Tensor | None = None
     accumulated: Tensor | None = None
+    unified: bool = False
     scale: float | None = None
     first_layer: int = 0
     first_head: int = 0

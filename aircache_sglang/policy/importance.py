@@ -28,6 +28,7 @@ def importance_batched(
     scale: float | None = None,
     elite: str = "per-head",
     window: int | None = DEFAULT_WINDOW,
+    unified: bool = False,
     max_elements: int = MAX_ELEMENTS,
 ) -> Tensor:
     """`importance` for all layers of one request at once, without a host sync.
@@ -42,6 +43,8 @@ def importance_batched(
         k_visual: [L, N_v, H_kv, D], after RoPE.
         alpha, scale, elite: see `elite_mask`.
         window: only the last `window` instruction tokens count; None for all.
+        unified: k_visual are the keys of the whole prompt, its instruction's last. The softmax of
+            eq. 6 then runs over them alone, and each elite query sees those up to itself.
         max_elements: a block has at most so many logits and so many key elements; the least block
             is one row of one KV group.
     Returns:
@@ -57,6 +60,10 @@ def importance_batched(
     n_layers, n_text, n_q, head_dim, n_kv = text_shape(q_text, k_text)
     tensor_of("k_visual", k_visual, (n_layers, "N_v", n_kv, head_dim))
     n_visual, group = k_visual.shape[1], n_q // n_kv
+    if unified and n_visual < n_text:
+        raise ValueError(
+            f"k_visual must hold the instruction of {n_text} tokens too, got {n_visual}"
+        )
     scale = validate_scale(scale, head_dim)
     dtype = compute_dtype(q_text, k_text, k_visual)
 
@@ -75,6 +82,7 @@ def importance_batched(
     heads = min(n_kv, max(1, max_elements // per_head))
     layers = max(1, max_elements // (per_head * n_kv))
     scores = torch.zeros(n_layers, n_kv, n_visual, dtype=dtype, device=k_visual.device)
+    key_positions = torch.arange(n_visual, device=k_visual.device)
     for l0 in range(0, n_layers, layers):
         for h0 in range(0, n_kv, heads):
             part = (slice(l0, l0 + layers), slice(h0, h0 + heads))
@@ -86,7 +94,11 @@ def importance_batched(
                 on_visual = torch.matmul(q, k_v)  # [l, h, g * t, N_v]
                 on_text = torch.matmul(q, k_t).view(l_, h_, g_, t_, n_text)
                 # eq. 6: only elite text keys share the softmax with the visual ones
-                on_text.masked_fill_(~elite_tokens[part], float("-inf"))
+                on_text.masked_fill_(~elite_tokens[part] | unified, float("-inf"))
+                if unified:
+                    rows_at = torch.arange(n_visual - n_text, n_visual, device=q.device)
+                    hidden = key_positions > rows_at[t0 : t0 + t_, None]
+                    on_visual.view(l_, h_, g_, t_, n_visual).masked_fill_(hidden, float("-inf"))
                 on_text = on_text.view(l_, h_, g_ * t_, n_text)
                 top = torch.maximum(on_visual.amax(-1, True), on_text.amax(-1, True))
                 on_visual.sub_(top).exp_()
@@ -106,6 +118,7 @@ def importance(
     scale: float | None = None,
     elite: str = "per-head",
     window: int | None = None,
+    unified: bool = False,
 ) -> Tensor:
     """Importance I_v of the visual tokens in one layer (AirCache eqs. 6 to 8).
 
@@ -119,6 +132,7 @@ def importance(
         k_visual: [N_v, H_kv, D], after RoPE.
         alpha, scale, elite: see `elite_mask`.
         window: only the last `window` instruction tokens count; None for all.
+        unified: see `importance_batched`.
     Returns:
         float32 [H_kv, N_v].
     Raises:
@@ -138,6 +152,7 @@ def importance(
         scale=scale,
         elite=elite,
         window=window,
+        unified=unified,
     )[0]
     assert not bool(scores.isnan().any()), "importance of finite inputs is finite"
     return scores

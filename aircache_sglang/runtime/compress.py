@@ -266,6 +266,7 @@ def judge(policy: Policy, job: Job, cells: Cells, visual_slots: torch.Tensor) ->
             k_context=k_all[block].index_select(1, context) if policy.reads_context else None,
             q_visual=None if job.q_visual is None else job.q_visual[block],
             accumulated=None if job.accumulated is None else job.accumulated[block],
+            unified=record.intent.prompt.is_unified,
             scale=cells.scale,
             first_layer=block.start,
             first_head=cells.heads.first(n_heads),
@@ -286,6 +287,7 @@ def judge(policy: Policy, job: Job, cells: Cells, visual_slots: torch.Tensor) ->
                     scale=cells.scale,
                     elite=config.elite,
                     window=INSTRUCTION_LIMIT,
+                    unified=states.unified,
                 )
             )
     return Judgement(torch.cat(scores), torch.cat(statistics, dim=1), torch.cat(importance))

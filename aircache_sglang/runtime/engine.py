@@ -171,10 +171,12 @@ class Compressor:
             return "bad_overrides"
         if config.policy == "none":
             return "policy_none"
-        retention = config.retention if config.min_visual_mass is None else MASS_LADDER[-1]
-        m = columns(retention, prompt.n_visual)
         if prompt.n_visual < config.min_visual_tokens:
             return "few_visual_tokens"
+        if config.ablation.audience == "all":
+            prompt = prompt.unified()
+        retention = config.retention if config.min_visual_mass is None else MASS_LADDER[-1]
+        m = columns(retention, prompt.n_visual)
         if m >= prompt.n_visual:
             return "keeps_all"
         if params.max_new_tokens <= 1:

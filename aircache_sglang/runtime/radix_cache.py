@@ -144,7 +144,10 @@ class AirCacheRadixCache(SpanTree):
         return done
 
     def _publish_prompt(self, req: Any, record: CompressionRecord) -> None:
-        """Give the exact prompt to the tree and hold its text; the picture may yield."""
+        """Give the exact prompt to the tree and hold its text; the picture may yield.
+
+        Of a unified prompt nothing is held: all that the request reads of it is in its columns.
+        """
         kv, prompt = req.kv, record.intent.prompt
         node = self._insert(req, self._prompt_slots(req, record, prompt.length)).node
         path = self.path_device_indices(node)
@@ -156,7 +159,8 @@ class AirCacheRadixCache(SpanTree):
         self.req_to_token_pool.write(
             (kv.req_pool_idx, slice(prompt.end - prompt.n_between, prompt.length)), row
         )
-        self._hold(req, node, prompt.length, text_only=True)
+        held = self.root_node if prompt.is_unified else node
+        self._hold(req, held, prompt.length, text_only=True)
 
     def _publish_replica(self, req: Any, record: CompressionRecord) -> None:
         """Give the exact prompt up to the instruction to the tree, and columns and instruction.

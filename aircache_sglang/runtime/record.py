@@ -201,6 +201,8 @@ class CompressionRecord:
             "visual_mass": round(float(self.mass), 6),
             "reused": self.reused,
         }
+        if prompt.is_unified:
+            info["audience"] = "all"
         if self.selected is not None:
             info["selection"] = [
                 heads.sort(dim=-1).values.tolist()

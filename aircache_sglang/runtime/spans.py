@@ -23,11 +23,25 @@ class VisualPrompt:
     spans: half-open [start, end) position ranges of visual tokens, ascending, disjoint, merged.
     length: tokens of the prompt.
     n_visual: visual tokens of all spans (images and frames share one budget).
+    window_start: first position of the instruction; None for `end`. See `unified`.
     """
 
     spans: tuple[tuple[int, int], ...]
     length: int
     n_visual: int
+    window_start: int | None = None
+
+    def unified(self) -> VisualPrompt:
+        """The same prompt with all of its tokens in the place of the visual ones (paper, table 6).
+
+        Its instruction is still what follows the last picture, and may be evicted itself.
+        """
+        return VisualPrompt(((0, self.length),), self.length, self.length, window_start=self.end)
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether text may be evicted too."""
+        return self.window_start is not None
 
     @property
     def start(self) -> int:
@@ -47,7 +61,8 @@ class VisualPrompt:
     @property
     def instruction(self) -> tuple[int, int]:
         """Half-open positions of the instruction, at most the last INSTRUCTION_LIMIT tokens."""
-        return max(self.end, self.length - INSTRUCTION_LIMIT), self.length
+        start = self.end if self.window_start is None else self.window_start
+        return max(start, self.length - INSTRUCTION_LIMIT), self.length
 
     def visual_positions(self) -> torch.Tensor:
         """int64 [n_visual], ascending."""

@@ -16,6 +16,7 @@ from benchmarks.quality.grid import read
 from benchmarks.quality.scores import Scores, difference
 from benchmarks.quality.settings import (
     ALPHAS,
+    AUDIENCES,
     BUDGETS,
     FULL,
     LOW,
@@ -27,6 +28,8 @@ from benchmarks.quality.settings import (
     RANKED,
     RANKS,
     SHORT_WINDOWS,
+    UNIFIED,
+    UNIFIED_RETENTIONS,
     WINDOWS,
     Setting,
     current,
@@ -364,6 +367,49 @@ def budget_table(scores: Scores) -> Iterator[str]:
     yield table(["", *(head for r in LOW for head in (percent(r), f"paper, {percent(r)}"))], lines)
 
 
+def unified_table(scores: Scores) -> Iterator[str]:
+    """Table 6. The paper's seconds are of answers that grow longer; ours are counted in letters."""
+    retentions = [
+        r
+        for r in UNIFIED_RETENTIONS
+        if any(scores.has(Setting.of(p, r, **rare(audience="all"))) for p in UNIFIED)
+    ]
+    if not retentions:
+        return
+    full = Setting.of(FULL)
+    asked = {
+        (policy, audience): [Setting.of(policy, r, **rare(audience=audience)) for r in retentions]
+        for policy in UNIFIED
+        for audience in AUDIENCES
+    }
+    samples = scores.common([full, *(setting for row in asked.values() for setting in row)])
+
+    def figures(setting: Setting) -> str:
+        rows = scores.of(setting)
+        letters = [len(rows[sample]["answer"]) for sample in samples] if rows else []
+        length = statistics.fmean(letters) if letters else None
+        return f"{cell(scores.score(setting, samples))} / {cell(length)}"
+
+    lines = []
+    for (policy, audience), row in asked.items():
+        paper = [PAPER["table6"][f"{policy} {audience}"][f"{r:g}"] for r in retentions]
+        lines.append(
+            [
+                f"{NAMES[policy]}, {audience}",
+                *map(figures, row),
+                *(f"{of['ChartQA']:g} / {of['seconds']:g}" for of in paper),
+            ]
+        )
+    yield f"### Evicting text too (table 6), {len(samples)} samples\n"
+    yield (
+        "`all`: that share of all tokens of the prompt is kept; `visual`: of the visual ones, and "
+        "all text. Score / letters an answer; the paper: ChartQA's score / seconds. The full "
+        f"cache: {figures(full)}.\n"
+    )
+    head = ["", *map(percent, retentions), *(f"paper, {percent(r)}" for r in retentions)]
+    yield table(head, lines)
+
+
 def pruning_table(scores: Scores) -> Iterator[str]:
     retentions = [r for r in scores.retentions(PRUNING) if r < 1]
     if not retentions:
@@ -502,6 +548,7 @@ def sections(path: Path, page: Path) -> Iterator[str]:
         for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
             yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
+        yield from unified_table(scores)
         yield from rank_tables(scores)
         yield from anls_table(scores)
         yield from divergence_table(scores)

@@ -27,6 +27,8 @@ RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compar
 ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
 LOW = (0.1, 0.01)  # what the paper's ablations are run at
 POOLS = (7, 1)
+UNIFIED, AUDIENCES = ("h2o", "aircache"), ("all", "visual")  # table 6
+UNIFIED_RETENTIONS = (0.5, 0.1, 0.05, 0.01)
 # Sent with every request of AirCache, so that the server's flags do not matter.
 DEFAULTS = {"alpha": 0.9, "budget": "aircache", "elite": "per-head", "window": "elite"}
 
@@ -90,7 +92,7 @@ def rare(**knobs: Any) -> dict[str, Any]:
 
     A rank stays, 0 too: it is of figure 4 alone.
     """
-    default = {"merge": 0.0, "selection": "per-head", "kernel": 7}
+    default = {"merge": 0.0, "selection": "per-head", "kernel": 7, "audience": "visual"}
     kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
 
@@ -149,6 +151,13 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
             for e in ("per-head", "shared")
             for s in ("per-head", "shared")
         ]
+    if name == "table6":
+        return full + [
+            Setting.of(p, r, **rare(audience=a))
+            for r in retentions or UNIFIED_RETENTIONS
+            for p in UNIFIED
+            for a in AUDIENCES
+        ]
     if name == "table11":
         return full + [merged(share, r) for r in low for share in MERGED]
     if name == "similar":
@@ -177,6 +186,7 @@ GRIDS = {
     "table1": "policies at 50, 10, 5, 2 and 1 %",
     "table4": "pruning before or within the prefill against AirCache",
     "table5": "observation windows, then layer budgets",
+    "table6": "evicting text too, against visual tokens alone",
     "table11": "merging a share of what is dropped into the nearest kept tokens",
     "similar": "table 11 with the most similar kept keys",
     "table12": "the relevance threshold alpha",

@@ -36,7 +36,8 @@ PIXELS_PER_TOKEN = 28
 class Load:
     """What the clients ask for, and what counts as in time.
 
-    pictures x picture_tokens visual tokens a request; prompts: requests of one trial.
+    pictures x picture_tokens visual tokens a request; prompts: requests that come at once; paced:
+    those of a trial at a rate, enough for a queue that only grows to break the limit on ttft.
     rate: the first one tried, in requests a second. Limits on the 99th percentile, in seconds:
     ttft of the time to the first token, tpot of the time per output token.
     """
@@ -45,9 +46,18 @@ class Load:
     picture_tokens: int = 256
     tokens: int = 128
     prompts: int = 20
+    paced: int = 40
     rate: float = 0.25
-    ttft: float = 30.0
+    ttft: float = 20.0
     tpot: float = 1.0
+
+    def requests(self, rate: float) -> int:
+        """How many a trial at this rate sends."""
+        return self.prompts if rate == BURST else self.paced
+
+    def in_time(self, row: Row) -> bool:
+        """Whether a trial kept both limits."""
+        return bool(row["p99_ttft_seconds"] <= self.ttft and row["p99_tpot_seconds"] <= self.tpot)
 
     @property
     def visual_tokens(self) -> int:
@@ -75,14 +85,16 @@ PRESET = Preset(
 )
 
 
-def arguments(client: Client, load: Load, model: str, retention: float | None) -> list[str]:
+def arguments(
+    client: Client, load: Load, model: str, retention: float | None, prompts: int
+) -> list[str]:
     """Of SGLang's client, but for rate, seed and output."""
     side = PIXELS_PER_TOKEN * math.isqrt(load.picture_tokens)
     overrides = {} if retention is None else {"aircache": {"retention": retention}}
     return [
         *("--backend", "sglang-oai-chat", "--base-url", client.url, "--model", model),
         *("--dataset-name", "image", "--image-count", str(load.pictures)),
-        *("--image-resolution", f"{side}x{side}", "--num-prompts", str(load.prompts)),
+        *("--image-resolution", f"{side}x{side}", "--num-prompts", str(prompts)),
         *("--random-input-len", str(INSTRUCTION_TOKENS), "--random-range-ratio", "1"),
         *("--random-output-len", str(load.tokens), "--warmup-requests", "0", "--disable-tqdm"),
         "--output-details",
@@ -102,11 +114,11 @@ def trial(
     not compressed or one without was.
     """
     client.flush_cache()
-    before = counters(client)
+    before, prompts = counters(client), load.requests(rate)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         command = [sys.executable, "-m", "sglang.benchmark.serving"]
-        command += arguments(client, load, model, retention)
+        command += arguments(client, load, model, retention, prompts)
         command += ["--request-rate", str(rate), "--seed", str(seed), "--output-file", str(out)]
         with LoadWatch(client) as watch:
             done = subprocess.run(
@@ -117,18 +129,18 @@ def trial(
             log = "\n".join(said[-20:])
             raise ServerError(f"sglang.benchmark.serving ended with {done.returncode}\n{log}")
         found: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
-    if found["completed"] != load.prompts:
+    if found["completed"] != prompts:
         said = "; ".join({error.strip().splitlines()[-1] for error in found["errors"] if error})
-        raise ServerError(f"{found['completed']} of {load.prompts} requests were answered: {said}")
+        raise ServerError(f"{found['completed']} of {prompts} requests were answered: {said}")
     after = counters(client)
     compressed = after["compressed"] - before["compressed"]
     # A request that was retracted is compressed again.
-    if compressed < load.prompts if retention is not None else compressed > 0:
+    if compressed < prompts if retention is not None else compressed > 0:
         raise ServerError(
-            f"{compressed} of {load.prompts} requests at retention {retention} were compressed"
+            f"{compressed} of {prompts} requests at retention {retention} were compressed"
         )
     return {
-        "prompts": load.prompts,
+        "prompts": prompts,
         "tokens": load.tokens,
         "pool": client.info()["max_total_num_tokens"],
         "held": watch.most("num_running_reqs"),
@@ -206,10 +218,7 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
             return next(row for row in results.rows if row["key"] == key)
 
         def in_time(retention: float | None, rate: float) -> bool:
-            row = run(retention, rate)
-            return bool(
-                row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
-            )
+            return load.in_time(run(retention, rate))
 
         asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
         for retention in asked:
@@ -230,12 +239,9 @@ def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[st
             found = cells.find(visual_tokens=n, retention=retention)
             burst = next((row for row in found if row["key"]["rate"] == "burst"), None)
             paced = [row for row in found if row["key"]["rate"] != "burst"]
-            kept = [
-                row
-                for row in paced
-                if row["p99_ttft_seconds"] <= load.ttft and row["p99_tpot_seconds"] <= load.tpot
-            ]
-            best = max(kept, key=lambda row: row["key"]["rate"], default=None)
+            best = max(
+                filter(load.in_time, paced), key=lambda row: row["key"]["rate"], default=None
+            )
             if burst is None:
                 continue
             held[retention] = burst["held"]
@@ -243,19 +249,21 @@ def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[st
             line += [str(burst["queued"]), f"{burst['output_tokens_per_second']:.0f}"]
             line += [str(sum(row["retracted"] for row in found))]
             if best is None:
-                line += ["-"] * 4
+                line += ["-"] * 5
             else:
-                line += [f"{best['key']['rate']:.3g}", str(best["held"])]
+                line += [f"{best['key']['rate']:.3g}", f"{best['requests_per_second']:.2f}"]
+                line += [str(best["held"])]
                 line += [f"{best['p99_ttft_seconds']:.1f}", f"{best['p99_tpot_seconds']:.2f}"]
             lines.append(line)
     yield "## Capacity of a fixed pool\n"
     yield (
-        "*Held* are the most requests that ran at once when all came at once; *rate* is the "
-        f"highest at which 99 % had their first token within {load.ttft:g} s and a token every "
-        f"{load.tpot:g} s.\n"
+        f"*Held* are the most requests that ran at once when {load.prompts} came at once; *rate* "
+        f"is the highest at which 99 % of {load.paced} requests had their first token within "
+        f"{load.ttft:g} s and a token every {load.tpot:g} s, *served* how many were answered a "
+        "second from the first to the last.\n"
     )
     head = ["visual tokens, retention", "pool", "held", "queued", "tokens/s", "retracted"]
-    head += ["rate, 1/s", "held at it", "p99 TTFT, s", "p99 TPOT, s"]
+    head += ["rate, 1/s", "served, 1/s", "held at it", "p99 TTFT, s", "p99 TPOT, s"]
     yield table(head, lines)
     if held.get(None) and held.get(0.1):
         ratio = held[0.1] / held[None]

@@ -36,6 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "visual window": {"window": "visual-32"},
     "pyramid": {"budget": "pyramid"},
     "shared selection": {"ablation": {"selection": "shared"}},
+    "text too": {"ablation": {"audience": "all"}},
+    "text too, last-16": {"window": "last-16", "ablation": {"audience": "all"}},
+    "h2o, text too": {"policy": "h2o", "ablation": {"audience": "all"}},
 }
 
 
@@ -73,11 +76,13 @@ def test_every_policy_serves(answers: dict[str, Any], oracle: Oracle, name: str)
         if chosen.shares_selection:
             scores = mean
         statistics = chosen.statistics(states, scores)
-        n_visual, m = len(trace.visual), report["columns"]
+        n_visual, m = len(trace.audience), report["columns"]
         if config.ablation.selection == "shared":
             scores = mean
         assert_keeps_the_best(report, scores, chosen.budgets(statistics, n_visual, m).tolist())
-    importance = policy.importance_batched(states.q_text, states.k_text, states.k_visual)
+    importance = policy.importance_batched(
+        states.q_text, states.k_text, states.k_visual, unified=states.unified
+    )
     shares = [
         float(row[kept].sum() / row.sum())
         for layer, heads in zip(importance, report["selection"], strict=True)
@@ -97,7 +102,9 @@ def test_what_scores_visual_queries_computes_them_anew(answers: dict[str, Any]) 
     assert cached["h2o"] < cached["snapkv"] - n_visual, "none of the pictures"
     assert cached["h2o"] == cached["elastic"] == cached["prefixkv"]
     assert cached["visual window"] == cached["snapkv"] - 32
-    assert len({cached[name] for name in ("snapkv", "aircache", "random", "vlcache")}) == 1
+    assert cached["h2o, text too"] == 0, "nor the text before them"
+    names = ("snapkv", "aircache", "random", "vlcache", "text too")
+    assert len({cached[name] for name in names}) == 1
 
 
 def test_policy_none_leaves_a_request_alone(aircache_server: Server, oracle: Oracle) -> None:
@@ -160,6 +167,7 @@ def test_a_bad_policy_is_refused(aircache_server: Server) -> None:
         ({"policy": "snap"}, "aircache.policy must be one of none, aircache, elastic"),
         ({"policy": "snapkv", "budget": "strength"}, "aircache.budget is a knob of aircache"),
         ({"ablation": {"mege": 1}}, "aircache.ablation has the unknown key 'mege'"),
+        ({"policy": "snapkv", "ablation": {"audience": "all"}}, "does not go with aircache.policy"),
     ):
         with pytest.raises(ServerError, match=rf"HTTP 400.*{message}"):
             ask(aircache_server, PROMPT, overrides)

@@ -90,12 +90,19 @@ class Trace:
     logprobs: float32 [T, vocabulary], row i is the distribution that token i was drawn from.
     q: [L, N, H_q, D] and k: [L, N, H_kv, D] of the prompt's N tokens, after RoPE.
     visual: int64 [N_v], positions of the visual tokens.
+    unified: all tokens of the prompt could be evicted.
     """
 
     logprobs: torch.Tensor
     q: torch.Tensor
     k: torch.Tensor
     visual: torch.Tensor
+    unified: bool = False
+
+    @property
+    def audience(self) -> torch.Tensor:
+        """int64, positions of the tokens that could be evicted."""
+        return torch.arange(self.q.shape[1]) if self.unified else self.visual
 
     @property
     def instruction(self) -> slice:
@@ -130,16 +137,24 @@ class Oracle:
         return self.encode(prompt.text, prompt.images)
 
     @torch.inference_mode()
-    def run(self, inputs: Any, tokens: Sequence[int], selection: Selection | None = None) -> Trace:
+    def run(
+        self,
+        inputs: Any,
+        tokens: Sequence[int],
+        selection: Selection | None = None,
+        *,
+        unified: bool = False,
+    ) -> Trace:
         """Prefill ``inputs`` in full, then decode ``tokens`` with only the selection visible.
 
         One forward stands for the prefill and all decode steps: the rows of the prompt see the
         whole prompt before them, the rows of the generated tokens only what was kept of it.
-        ``selection`` None keeps every cell.
+        ``selection`` None keeps every cell; ``unified``: its ordinals count all tokens.
         """
         n_prompt, n_tokens = inputs["input_ids"].shape[1], len(tokens)
         visual = (inputs["mm_token_type_ids"][0] != 0).nonzero().view(-1)
-        forward = _Forward(self._visible(n_prompt, n_tokens, visual, selection))
+        audience = torch.arange(n_prompt) if unified else visual
+        forward = _Forward(self._visible(n_prompt, n_tokens, audience, selection))
         # The last token is never fed back.
         fed = torch.tensor([list(tokens[:-1])], dtype=torch.long)
         # What is left are the pictures, and the token types if the model asks for them.
@@ -161,10 +176,11 @@ class Oracle:
             q=torch.stack(forward.q)[:, :, :n_prompt].transpose(1, 2),
             k=torch.stack(forward.k)[:, :, :n_prompt].transpose(1, 2),
             visual=visual,
+            unified=unified,
         )
 
     def _visible(
-        self, n_prompt: int, n_tokens: int, visual: torch.Tensor, selection: Selection | None
+        self, n_prompt: int, n_tokens: int, audience: torch.Tensor, selection: Selection | None
     ) -> list[torch.Tensor]:
         """Per layer, bool [H_kv, S, S]: causal, and no dropped cell for the generated tokens."""
         layers, heads = self.text_config.num_hidden_layers, self.text_config.num_key_value_heads
@@ -181,9 +197,9 @@ class Oracle:
         for layer in selection:
             visible = causal.repeat(heads, 1, 1)
             for head, kept in enumerate(layer):
-                dropped = torch.ones(len(visual), dtype=torch.bool)
+                dropped = torch.ones(len(audience), dtype=torch.bool)
                 dropped[list(kept)] = False
-                visible[head, n_prompt:, visual[dropped]] = False
+                visible[head, n_prompt:, audience[dropped]] = False
             masks.append(visible)
         return masks
 
@@ -210,14 +226,16 @@ def assert_agrees(oracle: Oracle, prompt: Prompt, answer: Any, *, greedy: bool =
     inputs = oracle.inputs(prompt)
     assert meta_info["prompt_tokens"] == inputs["input_ids"].shape[1]
     report = meta_info["aircache"]
-    trace = oracle.run(inputs, tokens, None if report is None else report["selection"])
+    unified = report is not None and report.get("audience") == "all"
+    selection = None if report is None else report["selection"]
+    trace = oracle.run(inputs, tokens, selection, unified=unified)
     error = logprob_error(trace, meta_info)
     assert error < LOGPROB_TOLERANCE, f"logprobs differ by {error:.2e}"
     if greedy:
         chosen = trace.logprobs[torch.arange(len(tokens)), torch.tensor(tokens)]
         assert (chosen > trace.logprobs.amax(dim=1) - 2 * LOGPROB_TOLERANCE).all()
     if report is not None:
-        assert report["visual_tokens"] == len(trace.visual)
+        assert report["visual_tokens"] == len(trace.audience)
     return trace
 
 
@@ -239,7 +257,11 @@ def assert_policy_agrees(
     scores = torch.stack(
         [
             policy.importance(
-                *(q[text], k[text], k[trace.visual]), alpha=alpha, elite=elite, window=window
+                *(q[text], k[text], k[trace.audience]),
+                alpha=alpha,
+                elite=elite,
+                window=window,
+                unified=trace.unified,
             )
             for q, k in zip(trace.q, trace.k, strict=True)
         ]
@@ -271,14 +293,15 @@ def policy_states(trace: Trace, *, visual_window: int = 0) -> policy.States:
     is_context[trace.visual] = False
     context = is_context.nonzero().view(-1)
     scale = trace.q.shape[-1] ** -0.5
-    sums = torch.zeros(trace.k.shape[0], trace.k.shape[2], len(trace.visual))
+    sums = torch.zeros(trace.k.shape[0], trace.k.shape[2], len(trace.audience))
     for total, q, k in zip(sums, trace.q, trace.k, strict=True):
-        policy.accumulate(total, q, k, 0, trace.visual, scale)
+        policy.accumulate(total, q, k, 0, trace.audience, scale)
     return policy.States(
         q_text=trace.q[:, text],
         k_text=trace.k[:, text],
-        k_visual=trace.k[:, trace.visual],
+        k_visual=trace.k[:, trace.audience],
         k_context=trace.k[:, context],
         q_visual=trace.q[:, trace.visual[-visual_window:]] if visual_window else None,
         accumulated=sums,
+        unified=trace.unified,
     )

@@ -169,6 +169,7 @@ BAD_ABLATIONS: list[tuple[Any, str]] = [
     ({"seed": True}, r"\.seed must be an integer >= 0, got True"),
     ({"kernel": 4}, r"\.kernel must be an odd integer >= 1, got 4"),
     ({"sinks": 0.5}, r"\.sinks must be an integer >= 0, got 0\.5"),
+    ({"audience": "text"}, r"\.audience must be one of visual, all, got 'text'"),
     ([1], r" must be an object, got \[1\]"),
 ]
 
@@ -193,6 +194,37 @@ def test_a_request_changes_single_knobs_of_the_servers_ablation() -> None:
     config = server.with_overrides({"aircache": {"ablation": {"merge": 0, "selection": "shared"}}})
     assert config.ablation == Ablation(selection="shared", rank=2)
     assert config.variant() != server.variant()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"policy": "snapkv"}, "policy snapkv"),
+        ({"reuse": "compressed"}, "reuse compressed"),
+        ({"window": "visual-8"}, "window visual-8"),
+        ({"min_visual_mass": 0.9}, "min_visual_mass 0.9"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_evicting_text(overrides: dict[str, Any], named: str) -> None:
+    unified = {"ablation": {"audience": "all"}}
+    for allowed in ({}, {"policy": "h2o"}, {"policy": "none"}, {"window": "last-16"}):
+        AirCacheConfig().with_overrides({"aircache": {**unified, **allowed}})
+    message = rf"^aircache\.ablation with audience all does not go with aircache\.{named}"
+    with pytest.raises(ValueError, match=message):
+        AirCacheConfig().with_overrides({"aircache": {**unified, **overrides}})
+    server = AirCacheConfig.from_server_args(server_args(ablation='{"audience": "all"}'))
+    with pytest.raises(ValueError, match=message):
+        server.with_overrides({"aircache": overrides})
+    server.with_overrides({"aircache": {**overrides, "ablation": {"audience": "visual"}}})
+
+
+def test_a_server_that_evicts_text_needs_a_policy_that_can() -> None:
+    args = server_args(ablation='{"audience": "all"}')
+    args.kv_policy = "snapkv"
+    message = "^--aircache-ablation with audience all does not go with --kv-policy snapkv; its pol"
+    with pytest.raises(ValueError, match=message):
+        AirCacheConfig.from_server_args(args)
 
 
 IN_VAIN: list[tuple[dict[str, Any], str]] = [

@@ -443,6 +443,7 @@ def short_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HEAD = [1, 2, 3, 4]
 REUSE = {"reuse": "compressed"}
+UNIFIED = {"ablation": {"audience": "all"}}
 TEXT = (Kind.PROMPT, Kind.GENERATED)
 
 with_reuse = pytest.mark.parametrize("config", [None, REUSE], ids=["exact", "compressed"])
@@ -498,6 +499,30 @@ def test_the_life_of_one_compressed_request(disable: bool, config: Any) -> None:
     else:
         assert world.cached_tokens(Kind.PROMPT) == len(HEAD) + 3 + 3
         assert world.cached_tokens(Kind.GENERATED) == 0, "the answer is not exact"
+
+
+@pytest.mark.parametrize("policy", ["aircache", "h2o"])
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_request_whose_text_is_evicted_holds_its_columns_alone(
+    disable: bool, policy: str
+) -> None:
+    world = World(80, disable=disable)
+    ids, spans = pictures((10, 1), (5, 2), between=3)
+    req = world.submit([*ids, 7, 8, 9], spans, {"policy": policy, **UNIFIED})
+    assert world.prefill(req)
+    world.check()
+    world.decode(req)
+    world.result(req)
+    world.check()
+    assert req.aircache_info["columns"] == 10, "0.4 of 25"
+    assert 80 - world.free_or_evictable() == 10 + 1
+    world.tree.evict(EvictParams(num_tokens=1000))
+    world.check()
+    assert world.allocator.available_size() == 80 - 10 - 1
+    world.decode(req)
+    world.finish(req)
+    world.check()
+    assert world.allocator.available_size() == 80
 
 
 def test_the_next_question_hits_all_but_what_it_scores() -> None:
@@ -855,6 +880,7 @@ class Menu:
         *(None, {"retention": 1.0}, REUSE, {"retention": 0.6, **REUSE}),
         *({"policy": "h2o"}, {"window": "visual-2", **REUSE}),
         *({"min_visual_mass": 0.3, **REUSE}, {"min_visual_mass": 0.999}),
+        *(UNIFIED, {"policy": "h2o", **UNIFIED}),
     )
 
 

@@ -135,6 +135,15 @@ def test_a_long_instruction_is_scored_at_its_end() -> None:
     assert short.instruction == (4, short.length)
 
 
+def test_a_unified_prompt_keeps_its_instruction() -> None:
+    prompt = VisualPrompt(spans=((3, 7), (9, 12)), length=20, n_visual=7)
+    unified = prompt.unified()
+    assert unified.is_unified and not prompt.is_unified
+    assert (unified.start, unified.end, unified.n_visual, unified.n_between) == (0, 20, 20, 0)
+    assert unified.instruction == prompt.instruction == (12, 20)
+    assert unified.visual_positions().tolist() == list(range(20))
+
+
 @given(st.data())
 def test_positions_partition_the_prompt(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=3, max_size=15))

@@ -344,6 +344,7 @@ def test_capacity_table() -> None:
             "p99_ttft_seconds": ttft,
             "p99_tpot_seconds": 0.1,
             "output_tokens_per_second": 100.0,
+            "requests_per_second": 0.25,
         }
 
     rows = [
@@ -355,8 +356,8 @@ def test_capacity_table() -> None:
         trial(0.1, 0.5, 17, 70.0),
     ]
     text = "\n".join(capacity_table(rows, Load(ttft=30.0)))
-    assert "| 8192, stock | 28672 | 3 | 20 | 100 | 0 | - | - | - | - |" in text
-    assert "| 8192, 0.1 | 28672 | 17 | 20 | 100 | 0 | 0.25 | 12 | 9.0 | 0.10 |" in text
+    assert "| 8192, stock | 28672 | 3 | 20 | 100 | 0 | - | - | - | - | - |" in text
+    assert "| 8192, 0.1 | 28672 | 17 | 20 | 100 | 0 | 0.25 | 0.25 | 12 | 9.0 | 0.10 |" in text
     assert "Goal met: retention 0.1 holds 5 times stock's (5.7)." in text
 
 

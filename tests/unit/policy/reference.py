@@ -51,18 +51,26 @@ def importance(
     alpha: float,
     scale: float,
     shared: bool = False,
+    unified: bool = False,
 ) -> list[Vector]:
-    """Eqs. 6 to 8 per query head, then the mean over the query heads of a KV group."""
+    """Eqs. 6 to 8 per query head, then the mean over the query heads of a KV group.
+
+    unified: k_visual are the keys of the whole prompt, of which an elite token sees those up to
+    its own, and no others.
+    """
     n_heads, n_kv, n_visual = len(q_text[0]), len(k_text[0]), len(k_visual)
     group = n_heads // n_kv
     elites = elite_tokens(q_text, k_text, alpha, scale, shared)
     result = [[0.0] * n_visual for _ in range(n_kv)]
     for head in range(n_heads):
         kv = head // group
-        keys = [key[kv] for key in k_visual] + [k_text[j][kv] for j in elites[head]]
+        keys = [key[kv] for key in k_visual]
+        if not unified:
+            keys += [k_text[j][kv] for j in elites[head]]
         for j in elites[head]:
-            attention = softmax([dot(q_text[j][head], key) * scale for key in keys])
-            for i in range(n_visual):
+            seen = n_visual - len(q_text) + j + 1 if unified else len(keys)
+            attention = softmax([dot(q_text[j][head], key) * scale for key in keys[:seen]])
+            for i in range(min(n_visual, seen)):
                 result[kv][i] += attention[i] / len(elites[head]) / group
     return result
 

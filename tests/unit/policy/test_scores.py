@@ -73,6 +73,30 @@ def test_matches_the_paper(shape: tuple[int, int, int, int, int], alpha: float, 
         torch.testing.assert_close(scores, torch.tensor(paper), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("window", [None, 3])
+def test_text_may_be_judged_too(alpha: float, window: int | None) -> None:
+    """Table 6: the prompt's keys end with the instruction's own, which the rows see causally."""
+    q, k_text, k_before = states((7, 31, 2, 4, 16), seed=4)
+    prompt = torch.cat([k_before, k_text])
+    scores = importance(q, k_text, prompt, alpha=alpha, window=window, unified=True)
+    last = slice(-(window or 7), None)
+    inputs = (q[last].tolist(), k_text[last].tolist(), prompt.tolist())
+    paper = reference.importance(*inputs, alpha, 16**-0.5, unified=True)
+    torch.testing.assert_close(scores, torch.tensor(paper), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
+    blocks = importance_batched(
+        *(x[None] for x in (q, k_text, prompt)),
+        alpha=alpha,
+        window=window,
+        unified=True,
+        max_elements=64,
+    )
+    torch.testing.assert_close(blocks[0], scores)
+    with pytest.raises(ValueError, match="k_visual must hold the instruction of 7 tokens too, got"):
+        importance(q, k_text, prompt[:6], unified=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_widened(dtype: torch.dtype) -> None:
     q, k, v = states((11, 40, 2, 2, 16), seed=5, dtype=dtype)

@@ -135,6 +135,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
             "table1",
             "table4",
             "table5",
+            "table6",
             "table11",
             "similar",
             "pooling",
@@ -150,6 +151,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
         row(
             *(setting, i, 1.0),
             kind=kind,
+            answer="ABC",
             layer_budgets=budgets.get(dict(setting.knobs).get("budget", ""), [5, 3]),
             visual_mass=0.75,
             divergence=0.125,
@@ -175,6 +177,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
         "Attention mass",
         "Divergence between layer budgets (table 13)",
         "Token pruning (table 4), 4 samples",
+        "Evicting text too (table 6), 4 samples",
     ):
         assert f"### {heading}" in text
     assert "Kind `line`, 2 samples" in text
@@ -186,6 +189,8 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
         assert f"| AirCache |{f' {figure} |' * len(RANKS)}" in ranked
     assert "| uniform, strength | 0.0488 | 0.55 | 0.0488 | 0.58 |" in text
     assert "| uniform, skewness | 0.0000 | 0.54 |" in text
+    assert f"| AirCache, all |{' 100.0 / 3.0 |' * 4} 75.8 / 374 | 53.4 / 530 |" in text
+    assert "The full cache: 100.0 / 3.0." in text
     assert "| FastV | 100.0 | 100.0 | 100.0 | 73.6 | 47.7 | 16.9 |" in text
     assert "| SnapKV | 0.1250 (4) |" in text and "| SnapKV | 0.7500 (4) |" in text
     assert "were to be compressed" not in text

@@ -15,6 +15,7 @@ from benchmarks.quality.settings import (
     PRUNING,
     REVISIONS,
     SERVER,
+    UNIFIED,
     Setting,
     current,
     grid,
@@ -62,7 +63,7 @@ def test_grids(name: str) -> None:
     retentions = {setting.retention for setting in settings[1:]}
     assert len(retentions) == 1 and (retentions == {0.2} or name == "figure4")
     allowed = {"curve": ("aircache", "random"), "table1": POLICIES, "figure4": POLICIES}
-    allowed |= {"table4": (*PRUNING, "aircache"), "pooling": ("snapkv",)}
+    allowed |= {"table4": (*PRUNING, "aircache"), "pooling": ("snapkv",), "table6": UNIFIED}
     assert {s.policy for s in settings[1:]} <= {*allowed.get(name, ("aircache",))}
 
 
