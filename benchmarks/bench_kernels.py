@@ -13,11 +13,11 @@ A run ends with the project's goals, each met, not met or not measured. `plot` d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +50,10 @@ from aircache_kernels import (
     select,
 )
 from benchmarks.plot_kernels import plot
+from benchmarks.records import RESULTS, Row, git
 from benchmarks.rival_decode import RIVALS, Layer
 
-Row = dict[str, Any]
-RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+FILE = RESULTS / "kernels.jsonl"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -564,10 +564,7 @@ def goals(rows: Sequence[Row]) -> list[str]:
 
 
 def provenance() -> Row:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    """As benchmarks/records.py has it, where SGLang and this project may not be installed."""
     on_gpu = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU, Triton interpreter",
@@ -609,10 +606,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--retention", type=float, action="append", help="default .5, .1, .05")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tune", action="store_true", help="search the launch shape of decode")
-    parser.add_argument("--file", type=Path, default=RESULTS, help="JSON lines are appended to it")
+    parser.add_argument("--file", type=Path, default=FILE, help="JSON lines are appended to it")
     arguments = parser.parse_args(argv)
     if arguments.action == "plot":
-        print(plot(arguments.file))
+        try:
+            print(plot(arguments.file))
+        except (OSError, ValueError) as error:
+            print(f"Nothing to plot: {error}.", file=sys.stderr)
+            return 1
         return 0
     if DEVICE.type != "cuda" and not arguments.smoke:
         parser.error("no GPU here: only --smoke runs without one")
@@ -634,8 +635,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def cases() -> Iterator[Row]:
         for name in models:
             for n_visual in visual:
-                for retention in retentions:
-                    yield from pass_cases(timer, name, 1, n_visual, retention, dtype)
+                for batch, retention in itertools.product([1, *batches], retentions):
+                    yield from pass_cases(timer, name, batch, n_visual, retention, dtype)
                 for batch in batches:
                     yield from decode_cases(
                         timer, name, batch, n_visual, retentions, dtype, arguments.tune

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.records import Row, read
 
 
-def read(path: Path) -> list[Row]:
-    """The timed rows of a result file; the last measurement of a case counts."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+def timed_rows(path: Path) -> list[Row]:
+    """Of a result file; the last measurement of a case counts."""
+    rows = read(path)
     names = ("kernel", "model", "batch", "visual", "retention")
     timed = [row for row in rows if "seconds" in row and not row["smoke"]]
     return list({tuple(row[name] for name in names): row for row in timed}.values())
@@ -28,7 +27,7 @@ def plot(path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = read(path)
+    rows = timed_rows(path)
     if not rows:
         raise ValueError(f"{path} has no timed rows: smoke runs claim no speed")
     models = sorted({row["model"] for row in rows})
@@ -72,7 +71,7 @@ def plot(path: Path) -> Path:
     return target
 
 
-def _lines(rows: Any) -> list[tuple[tuple[str, float], list[Row]]]:
+def _lines(rows: Iterable[Row]) -> list[tuple[tuple[str, float], list[Row]]]:
     """Rows by kernel and retention, each in the order of the visual tokens."""
     lines: dict[tuple[str, float], list[Row]] = {}
     for row in sorted(rows, key=lambda row: int(row["visual"])):

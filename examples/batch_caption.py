@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--batch must be at least 1, got {arguments.batch}")
     if not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a folder")
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: {arguments.out.parent} is not a folder")
 
     known = captioned(arguments.out)
     found = sorted(path for path in arguments.folder.iterdir() if path.suffix.lower() in KINDS)
@@ -77,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = [path for path in pictures if path not in unreadable]
 
     with (
-        engine_of(arguments.checkpoint, arguments.retention, arguments.device) as engine,
+        # First, so that a folder that is not there costs no start of the engine.
         arguments.out.open("a") as out,
+        engine_of(arguments.checkpoint, arguments.retention, arguments.device) as engine,
         tqdm(total=len(pictures), unit="picture") as bar,
     ):
         for batch in batches(pictures, arguments.batch):

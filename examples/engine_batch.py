@@ -3,7 +3,8 @@
 
     python -m examples.engine_batch CHECKPOINT PICTURE [PICTURE ...]
 
-Add `--device cpu` on a machine whose GPU must not be used.
+Add `--device cpu` on a machine whose GPU must not be used. The prompt is written as Qwen2-VL's and
+Qwen2.5-VL's chat template has it.
 """
 
 from __future__ import annotations

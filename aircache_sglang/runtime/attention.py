@@ -56,7 +56,7 @@ class AttentionState:
     queries: BatchStash | None = None
     # The queries whose attention to the picture is added up while this forward runs.
     sum_work: Sequence[SumWork] = ()
-    # Of this forward's requests, None for the uncompressed; empty if all are.
+    # Of this forward's rows, None for the uncompressed; empty if all are.
     records: Sequence[CompressionRecord | None] = ()
     # The requests of this prefill that extend a replica.
     extends: Sequence[ExtendJob] = ()

@@ -262,7 +262,8 @@ class Compressor:
                 intent=intent,
                 row=row,
                 originals=self.req_to_token[row, : intent.prompt.end].to(torch.int64, copy=True),
-                extra=extra.to(torch.int64),
+                # A view would keep the allocator's whole list of free slots alive.
+                extra=extra.to(torch.int64, copy=True),
                 exact_tail=len(req.full_untruncated_fill_ids) > intent.prompt.length,
             )
 
@@ -291,8 +292,7 @@ class Compressor:
         if batch is None or batch.forward_mode.is_idle():
             return forward()
         if not batch.forward_mode.is_extend():
-            records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
-            self.attention.records = records if any(records) else ()
+            self.attention.records = self._decoded(batch)
             return forward()
         self.attention.records = ()
         self.table.clear(batch.req_pool_indices)
@@ -307,6 +307,20 @@ class Compressor:
             self.attention.sum_work = self.attention.extends = ()
         self._compress(batch.reqs)
         return result
+
+    def _decoded(self, batch: Any) -> list[CompressionRecord | None]:
+        """What a decode step reads, one a row; empty if nothing is compressed.
+
+        Behind the requests' rows stand those of beams (beam_search/batch_tail.py). No prefill of
+        their own has cleared what an earlier request left of them in the table.
+        """
+        records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
+        if not any(records):
+            return []
+        beams = batch.req_pool_indices[len(records) :]
+        if len(beams):
+            self.table.clear(beams)
+        return [*records, *[None] * len(beams)]
 
     def _extends(self, batch: Any) -> list[ExtendJob]:
         """The requests that extend a replica, entered in the table."""
@@ -432,8 +446,8 @@ def attention_scale(layers: list[Any]) -> float:
         factors = {getattr(layer, name, None) for name in ("k_scale_float", "v_scale_float")}
         if not factors <= {None, 1.0}:
             raise RuntimeError(
-                "--kv-policy aircache needs float8 KV without factors of its own, and layer "
-                f"{layer.layer_id} has {sorted(factors, key=str)}; set --kv-cache-dtype bf16"
+                "--kv-policy aircache needs a checkpoint without scale factors for KV, and layer "
+                f"{layer.layer_id} has {sorted(factors, key=str)}; serve it without --kv-policy"
             )
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
         if windowed or layer.logit_cap or layer.attn_type != AttentionType.DECODER:

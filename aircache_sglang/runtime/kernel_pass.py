@@ -16,6 +16,7 @@ from aircache_kernels import (
     score,
     select,
 )
+from aircache_kernels.validation import MAX_VISUAL
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation, AirCacheConfig
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
 from aircache_sglang.runtime.stash import joined
@@ -41,7 +42,8 @@ class KernelPass:
 
     Requests that differ in window, alpha, elite or budget mode are compressed in groups, one
     sequence of launches each; in practice there is one group. What the kernels do not have, that
-    is the other policies and the knobs for experiments, goes to `TorchPass`.
+    is the other policies, the knobs for experiments and more than MAX_VISUAL visual tokens, goes to
+    `TorchPass`.
     """
 
     def __init__(self, cells: Cells) -> None:
@@ -52,7 +54,7 @@ class KernelPass:
         groups: dict[Group, list[Job]] = {}
         for job in jobs:
             config = job.record.intent.config
-            if in_kernels(config):
+            if in_kernels(config) and job.record.intent.prompt.n_visual <= MAX_VISUAL:
                 key = (config.window, config.alpha, config.elite, config.budget)
                 groups.setdefault(key, []).append(job)
             else:

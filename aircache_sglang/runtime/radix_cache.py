@@ -86,7 +86,7 @@ class AirCacheRadixCache(SpanTree):
         record = self.requests.records.get(req.kv.req_pool_idx)
         if record is not None and record.stage is Stage.PREFILLED:
             if self.disable:
-                self._free_visual(req, record)
+                self._free_visual(record)
             elif record.intent.reuses:
                 self._publish_replica(req, record)
             else:
@@ -192,7 +192,7 @@ class AirCacheRadixCache(SpanTree):
             self.mark_spare(exact, node)
             self._hold(req, node, prompt.length, text_only=False)
 
-    def _free_visual(self, req: Any, record: CompressionRecord) -> None:
+    def _free_visual(self, record: CompressionRecord) -> None:
         """Without a tree: give the visual slots back, and all that was copied."""
         prompt = record.intent.prompt
         originals = record.originals

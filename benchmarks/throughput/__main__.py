@@ -32,8 +32,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead of the sweep: requests held, and the highest rate, at a fixed pool",
     )
-    top.add_argument("--url", help="a running server with --kv-policy aircache --enable-metrics")
-    top.add_argument("--stock-url", help="beside --url: one with --kv-policy none")
+    top.add_argument(
+        "--url",
+        help="a running server of Qwen2-VL or Qwen2.5-VL with --kv-policy aircache "
+        "--enable-metrics --load-snapshot-publish-interval 1",
+    )
+    top.add_argument("--stock-url", help="beside --url: the same with --kv-policy none")
     top.add_argument("--batch", type=int, action="append", help="only this one; may be repeated")
     top.add_argument(
         "--visual", type=int, action="append", help="only this prompt length; may be repeated"
@@ -86,7 +90,7 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     """Measure; what was measured before a failure is kept. Returns the exit code."""
     import dataclasses
 
-    import requests
+    import psutil
 
     from benchmarks.throughput import capacity
     from benchmarks.throughput.plan import PRESETS
@@ -96,6 +100,8 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     preset, load = PRESETS[arguments.preset], capacity.Load()
     chosen = {"batches": arguments.batch, "visual": arguments.visual, "rounds": arguments.rounds}
     preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
+    # requests' errors are OSErrors; torch raises RuntimeError for want of memory.
+    expected = (ServerError, ValueError, OSError, RuntimeError, psutil.Error)
     given = {"aircache": arguments.url, "none": arguments.stock_url}
     try:
         preset.check()
@@ -106,7 +112,7 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
         if arguments.fresh:
             path.unlink(missing_ok=True)
         results = Results(path, said)
-    except (ServerError, ValueError, requests.RequestException) as error:
+    except expected as error:
         print(f"Nothing was measured: {error}.", file=sys.stderr)
         return BAD_INPUT
     # Leave through the servers' context managers, which end them.
@@ -116,7 +122,7 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
             capacity.measure(results, capacity.PRESET, load, clients)
         else:
             sweep(results, preset, clients)
-    except (ServerError, ValueError, requests.RequestException) as error:
+    except expected as error:
         # A server's error is followed by the end of its log.
         first, _, log = str(error).partition("\n")
         if log:

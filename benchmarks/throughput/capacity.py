@@ -80,7 +80,6 @@ PRESET = Preset(
     tokens=8,
     rounds=1,
     side_by_side=False,
-    largest=2048,
     retentions=(0.5, 0.1),
 )
 
@@ -194,12 +193,14 @@ def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None
 
 
 def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, Client]) -> None:
-    """For stock SGLang and each retention a burst, then the search for the rate.
+    """For stock SGLang and each retention a burst, then the search for the rate, some 5 trials.
 
     All bursts come first: they say how many requests are held, and take the least time.
     """
     with servers(preset, clients) as running:
         cells = {r: Cell(r, 1, preset.picture_tokens, 0) for r in SETTINGS}
+        asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
+        tried: list[float] = []
 
         def run(retention: float | None, rate: float) -> Row:
             key = {
@@ -214,13 +215,15 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
                 model = str(client.info()["model_path"])
                 return trial(client, load, model, retention, rate, seed_of(key))
 
+            tried.append(rate)
+            # A burst and about four rates for each.
+            print(f"[{len(tried)} of about {5 * len(asked)}] ", end="", flush=True)
             results.measure(key, measured)
             return next(row for row in results.rows if row["key"] == key)
 
         def in_time(retention: float | None, rate: float) -> bool:
             return load.in_time(run(retention, rate))
 
-        asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
         for retention in asked:
             run(retention, BURST)
         for retention in asked:

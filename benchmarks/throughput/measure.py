@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -62,13 +63,17 @@ def batch_pictures(preset: Preset, cell: Cell) -> list[list[str]]:
 def warm_up(client: Client, preset: Preset, settings: Collection[float | None]) -> None:
     """Bring all pictures into SGLang's cache of embeddings, and use each setting once.
 
-    Raises ServerError for a model without images.
+    Raises ServerError for a model without images, or whose pictures have other tokens.
     """
     for seed in range(preset.pictures):
         url = picture(seed, preset.picture_tokens)
         answer = client.generate(prompt(1), images=[url], max_new_tokens=1)
-        if answer["meta_info"]["prompt_tokens"] < preset.picture_tokens:
-            raise ServerError("the model takes no images")
+        found = answer["meta_info"]["prompt_tokens"]
+        if not 0 <= found - preset.picture_tokens < 512:
+            raise ServerError(
+                f"a prompt with a picture of {preset.picture_tokens} visual tokens had {found} "
+                "tokens: the model takes no images, or is neither Qwen2-VL nor Qwen2.5-VL"
+            )
     # First uses cost more.
     for retention in settings:
         run_cell(client, preset, Cell(retention, 2, preset.picture_tokens, 0), checked=False)
@@ -134,7 +139,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
         "pass_seconds": pass_seconds(client) - spent,
         "decode_seconds": (end - start) * (preset.tokens - 1) / (count - first),
         "token_seconds": statistics.median(gaps),
-        "token_cpu_seconds": (cpu[1] - cpu[0]) / (count - first) if cpu else None,
+        "token_cpu_seconds": (cpu[1] - cpu[0]) / (count - first) if any(cpu) else None,
         "kv_peak": watch.most("num_used_tokens"),
         "kv_decode": statistics.median(in_use) if in_use else None,
         "columns": report["columns"] if report else None,
@@ -203,16 +208,20 @@ def scheduler_of(client: Client) -> psutil.Process | None:
     if not isinstance(client, Server):
         return None
     for pid in client.pids():
-        process = psutil.Process(pid)
-        if any("sglang::scheduler" in part for part in process.cmdline()):
-            return process
+        with contextlib.suppress(psutil.NoSuchProcess):  # other children come and go
+            process = psutil.Process(pid)
+            if any("sglang::scheduler" in part for part in process.cmdline()):
+                return process
     raise ServerError("the server has no scheduler process")
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """CPU seconds of all threads so far, from the kernel's nanosecond counters."""
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
-    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+    """CPU seconds of all threads so far, from the kernel's nanosecond counters; 0 without them."""
+    total = 0
+    for task in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread has ended
+            total += int(task.read_text().split()[0])
+    return total / 1e9
 
 
 def pass_seconds(client: Client) -> float:

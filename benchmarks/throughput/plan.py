@@ -26,7 +26,7 @@ class Preset:
     rounds: how often each cell is measured, the variants taking turns (A B A B).
     side_by_side: both servers run at once, so that the variants of a cell follow one another; else
         they take turns by the round.
-    largest: visual tokens of a whole batch above which a cell is left out.
+    needs_gpu: its model is none for a CPU.
     gate_visual, gate_tokens: visual tokens and answers' lengths of the single requests with which
         `--aircache-gate auto` is compared with `off`; after the sweep.
     """
@@ -39,7 +39,7 @@ class Preset:
     tokens: int
     rounds: int
     side_by_side: bool
-    largest: int
+    needs_gpu: bool = False
     retentions: Sequence[float] = (1.0, 0.5, 0.1)
     picture_tokens: int = 1024
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -89,6 +89,7 @@ QWEN2_VL_7B = {
     "head_dim": 128,
     "intermediate_size": 18_944,
     "vision_depth": 1,
+    "vocab_size": 152_064,
     "max_position_embeddings": 40_960,
     "dtype": "bfloat16",
     "write_weights": False,
@@ -111,7 +112,6 @@ PRESETS = {
             tokens=97,
             rounds=3,
             side_by_side=True,
-            largest=32_768,
             gate_visual=(1024, 4096),
             gate_tokens=(2, 8, 32),
         ),
@@ -127,7 +127,7 @@ PRESETS = {
             tokens=512,
             rounds=2,
             side_by_side=False,
-            largest=32 * 32_768,
+            needs_gpu=True,
             # SGLang forgets the embeddings of pictures beyond 100 MB.
             env={"SGLANG_VLM_CACHE_SIZE_MB": "2048"},
         ),
@@ -190,9 +190,7 @@ def plan_gate(preset: Preset) -> list[GateCell]:
 def plan(preset: Preset, *, stock: bool = True) -> list[Cell]:
     """All cells in the order in which they are measured, small ones first; `stock`: its too."""
     settings = [*([None] if stock else []), *preset.retentions]
-    sizes = [
-        (batch, n) for n in preset.visual for batch in preset.batches if batch * n <= preset.largest
-    ]
+    sizes = [(batch, n) for n in preset.visual for batch in preset.batches]
     if preset.side_by_side:
         return [
             Cell(retention, batch, n, round_)
@@ -222,13 +220,34 @@ def pool_tokens(preset: Preset, cell: Cell) -> int:
     return cell.batch * (prompt_tokens(preset, cell.visual_tokens) + preset.tokens + m)
 
 
-def does_not_fit(preset: Preset, cell: Cell, pool: int, context: int) -> str | None:
-    """Why a server with this pool and context length cannot hold a cell, in one sentence."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Of a server: tokens of its pool and of one request, requests that run at once."""
+
+    pool: int
+    context: int
+    running: int
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Limits:
+        """From /server_info."""
+        states = info.get("internal_states") or [{}]
+        return cls(
+            info["max_total_num_tokens"],
+            info["context_length"] or info.get("max_req_input_len") or 2**31,
+            states[0].get("effective_max_running_requests_per_dp") or 2**31,
+        )
+
+
+def does_not_fit(preset: Preset, cell: Cell, limits: Limits) -> str | None:
+    """Why a server cannot hold a cell, in one sentence."""
     what = f"{cell.batch} x {cell.visual_tokens} visual tokens"
     length = prompt_tokens(preset, cell.visual_tokens) + preset.tokens
-    if length > context:
-        return f"{what} need a context of {length} tokens, the server's is {context}"
+    if length > limits.context:
+        return f"{what} need a context of {length} tokens, the server's is {limits.context}"
+    if cell.batch > limits.running:
+        return f"{what} are more requests than the server runs at once, {limits.running}"
     needed = pool_tokens(preset, cell)
-    if needed > pool:
-        return f"{what} need {needed} tokens of KV, the server's pool holds {pool}"
+    if needed > limits.pool:
+        return f"{what} need {needed} tokens of KV, the server's pool holds {limits.pool}"
     return None

@@ -10,13 +10,22 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import requests
 import torch
 
 from benchmarks.records import Results, Row, cpu_name
 from benchmarks.throughput.bound import copy_bandwidth, kv_bytes, read_config, weight_bytes
 from benchmarks.throughput.measure import run_cell, run_gate_cell, warm_up
-from benchmarks.throughput.plan import Cell, GateCell, Preset, does_not_fit, plan, plan_gate
+from benchmarks.throughput.plan import (
+    Cell,
+    GateCell,
+    Limits,
+    Preset,
+    does_not_fit,
+    plan,
+    plan_gate,
+)
 from tests.factories import make_qwen2_vl
 from tests.support import Client, Server, ServerError
 
@@ -60,6 +69,12 @@ class Servers:
         server = Server(self._checkpoint, flags, env=self._preset.env, log=log, timeout=1800)
         return self._stack.enter_context(server)
 
+    def check_alive(self) -> None:
+        """Raise ServerError with the end of its log for a server of our own that has ended."""
+        for policy, server in self._running.items():
+            if isinstance(server, Server) and not server.is_running():
+                raise ServerError(f"the server of {policy} has ended\n{server.log_tail()}")
+
 
 class Remote(Servers):
     """Servers that already run; clients by policy."""
@@ -75,11 +90,15 @@ class Remote(Servers):
 def connect(urls: Mapping[str, str]) -> dict[str, Client]:
     """Clients of running servers, by policy; ServerError if one cannot be measured."""
     clients = {policy: Client(url, timeout=1800) for policy, url in urls.items()}
-    for client in clients.values():
+    for policy, client in clients.items():
         try:
-            client.info()["model_path"]
-        except (requests.RequestException, ValueError, KeyError, ServerError):
+            info = client.info()
+            info["model_path"]
+        except (requests.RequestException, ValueError, KeyError, TypeError, ServerError):
             raise ServerError(f"no SGLang server answers at {client.url}") from None
+        runs = info.get("kv_policy", "none")
+        if runs != policy:
+            raise ServerError(f"the server at {client.url} has --kv-policy {runs}, not {policy}")
         if client.request("GET", "/metrics").status_code != 200:
             raise ServerError(f"the server at {client.url} needs --enable-metrics")
     return clients
@@ -95,6 +114,8 @@ def about(preset: Preset, clients: Mapping[str, Client]) -> Row:
         found |= {"sglang": infos[0].get("version"), "flags": None}
     elif torch.cuda.is_available():
         found["device"] = f"{torch.cuda.get_device_name()}, {cpu_name()}"
+    elif preset.needs_gpu:
+        raise ValueError(f"preset {preset.name} needs an NVIDIA GPU, or --url")
     return found
 
 
@@ -107,7 +128,11 @@ def servers(preset: Preset, clients: Mapping[str, Client]) -> Iterator[Servers]:
         return
     with tempfile.TemporaryDirectory(prefix="aircache-throughput-") as folder:
         with Servers(preset, Path(folder)) as found:
-            yield found
+            try:
+                yield found
+            except (requests.RequestException, psutil.Error):
+                found.check_alive()
+                raise
 
 
 def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> None:
@@ -124,10 +149,7 @@ def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> No
                 continue
             cell = planned.cell() if isinstance(planned, GateCell) else planned
             client = running.of(cell)
-            info = client.info()
-            reason = does_not_fit(
-                preset, cell, info["max_total_num_tokens"], info["context_length"] or 2**31
-            )
+            reason = does_not_fit(preset, cell, Limits.of(client.info()))
             if reason is not None:
                 # The reason is in the key: another server may have another one.
                 key = {**dataclasses.asdict(cell), "benchmark": "left out", "reason": reason}

@@ -20,7 +20,7 @@ BUDGET_MODES = ("aircache", "uniform", "strength", "skewness")
 MAX_LAYERS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_visual"])
 def _statistics_fwd_kernel(  # type: ignore[no-untyped-def]
     importance, kv_indptr, out, total_visual, n_layers,
     H_KV: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,

@@ -48,7 +48,7 @@ def _cell_target(  # type: ignore[no-untyped-def]
     return plane.to(tl.int64), slot.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sh"])
 def _pack_fwd_kernel(  # type: ignore[no-untyped-def]
     k_all, v_all, selected, kv_indptr, kv_indices, cell_offset, column_indptr, column_indices,
     stride_kl, stride_kr, stride_kh, stride_vl, stride_vr, stride_vh, stride_sh,
@@ -76,7 +76,7 @@ def _pack_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(v_base + (plane * stride_vl + target * stride_vr)[:, None], v_row, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_sh", "total_cells", "first_unit", "d0", "width"])
 def _stage_fwd_kernel(  # type: ignore[no-untyped-def]
     k_all, v_all, scratch, selected, kv_indptr, kv_indices, cell_offset, column_indptr,
     column_indices, stride_kl, stride_kr, stride_kh, stride_vl, stride_vr, stride_vh, stride_sh,

@@ -19,6 +19,8 @@ from torch import Tensor
 from aircache_kernels import validation as check
 from aircache_kernels.launch import INTERPRETED, dot_dtype, multiprocessors, power_of_2
 
+# Sizes that differ from batch to batch are `do_not_specialize`: Triton would compile anew for those
+# that 16 divides, while requests wait.
 ELITE_MODES = ("per-head", "shared")
 _BLOCK_H = 16  # query heads of a tile, the least tl.dot takes
 _MAX_SPLITS = 32
@@ -76,7 +78,7 @@ def _store_elite(  # type: ignore[no-untyped-def]
     tl.store(rows_out + region + position, heads[:, None] * 1024 + t[None, :], mask=elite)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_qo"])
 def _elite_fwd_kernel(  # type: ignore[no-untyped-def]
     q, qo_indptr, k_all, text_indices, mask_out, rows_out, counts_out,
     stride_ql, stride_qt, stride_qh, stride_kl, stride_kr, stride_kh,
@@ -174,7 +176,7 @@ def _keys(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_qo", "total_rows"])
 def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
     q, qo_indptr, k_all, text_indices, kv_indptr, kv_indices, elite_mask, rows, counts, lse_out,
     stride_ql, stride_qt, stride_qh, stride_kl, stride_kr, stride_kh,
@@ -243,12 +245,12 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse_out + split.to(tl.int64) * total_rows + region + r, lse, mask=r < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_qo", "total_rows", "total_visual", "splits"])
 def _importance_fwd_kernel(  # type: ignore[no-untyped-def]
     q, qo_indptr, k_all, kv_indptr, kv_indices, rows, counts, lse_in, out,
     stride_ql, stride_qt, stride_qh, stride_kl, stride_kr, stride_kh,
-    total_qo, total_rows, total_visual, scale,
-    SPLITS: tl.constexpr, H_Q: tl.constexpr, GROUP: tl.constexpr, HEAD_TILES: tl.constexpr,
+    total_qo, total_rows, total_visual, splits, scale,
+    H_Q: tl.constexpr, GROUP: tl.constexpr, HEAD_TILES: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +290,7 @@ def _importance_fwd_kernel(  # type: ignore[no-untyped-def]
                 r = r0 + tl.arange(0, BLOCK_R)
                 part = tl.load(
                     lse_in + s[:, None].to(tl.int64) * total_rows + region + r[None, :],
-                    mask=(s[:, None] < SPLITS) & (r[None, :] < n_rows),
+                    mask=(s[:, None] < splits) & (r[None, :] < n_rows),
                     other=float("-inf"),
                 )
                 top = tl.max(part, 0)
@@ -401,8 +403,8 @@ def score(
     )  # fmt: skip
     _importance_fwd_kernel[(triton.cdiv(max_kv_len, block_n), batch, n_layers * n_kv)](
         q, qo_indptr, k_all, kv_indptr, kv_indices, rows, counts, lse, out,
-        *strides, total_qo, total_rows, total_visual, scale,
-        SPLITS=splits, BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_S=power_of_2(splits),
+        *strides, total_qo, total_rows, total_visual, splits, scale,
+        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_S=power_of_2(splits),
         **heads, **blocks, num_warps=4,
     )  # fmt: skip
     return out

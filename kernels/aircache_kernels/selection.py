@@ -52,7 +52,7 @@ def _radix_step(  # type: ignore[no-untyped-def]
     return threshold | (digit.to(tl.uint32) << SHIFT), remaining - above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_visual", "stride_sh"])
 def _select_fwd_kernel(  # type: ignore[no-untyped-def]
     importance, kv_indptr, cell_offset, column_indptr, selected, weights, mass,
     total_visual, stride_sh, n_layers,

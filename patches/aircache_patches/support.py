@@ -69,6 +69,8 @@ def unsupported(server_args: Any) -> Iterator[str]:
 
     view = resolving_view(server_args)
     policy = f"--kv-policy {server_args.kv_policy}"
+    # First: SGLang derives other flags from the backend, as the page size.
+    yield from _unsupported_device(view, policy)
     for field, fine, flag in _FLAGS:
         value = getattr(view, field)
         if value != fine and not (fine is False and value is None):
@@ -84,7 +86,6 @@ def unsupported(server_args: Any) -> Iterator[str]:
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)
-    yield from _unsupported_device(view, policy)
     yield from _unsupported_model(server_args, policy)
     yield from unsupported_kv_dtype(view, model_config_of(server_args), policy)
     if server_args.aircache_decode == "flashinfer":
@@ -97,6 +98,8 @@ def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
 
     if envs.SGLANG_RUST_SERVER.get():
         yield f"{policy} does not work with SGLANG_RUST_SERVER=1; unset it"
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
+        yield f"{policy} does not work with SGLANG_ENABLE_METADATA_GLUE_GRAPH=1; unset it"
     if post_capture_kv_sizing_planned(server_args):
         yield (
             f"{policy} does not work with post-capture KV sizing; "

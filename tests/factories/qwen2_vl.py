@@ -63,6 +63,7 @@ def make_qwen2_vl(
     rope_theta: float = 1_000_000.0,
     mrope_section: tuple[int, int, int] | None = None,
     tie_word_embeddings: bool = False,
+    vocab_size: int = 0,
     max_position_embeddings: int = 32_768,
     min_pixels: int = 56 * 56,
     max_pixels: int = 28 * 28 * 1280,
@@ -87,6 +88,8 @@ def make_qwen2_vl(
         bare_words: words that are one token without a leading space.
         rope_theta, mrope_section: of the rotary embedding; the section defaults to Qwen2-VL's
             proportions.
+        vocab_size: rows of embedding and output layer, at least the tokenizer's and a multiple of
+            64; 0 is the least. Dummy weights say those beyond it too, which decode to nothing.
         tie_word_embeddings: whether the output layer is the embedding.
         attention_gain: standard deviation of the attention logits, on average over layers.
         dtype: "float32", "bfloat16" or "float16": of the stored weights, and in the config.
@@ -116,7 +119,10 @@ def make_qwen2_vl(
         intermediate_size = 2 * hidden_size
     tokenizer, word_ids = build_tokenizer(tuple(words), bare=tuple(bare_words))
     # Tensor parallelism splits the vocabulary: keep it even.
-    vocab_size = math.ceil(tokenizer.get_vocab_size() / 64) * 64
+    least = math.ceil(tokenizer.get_vocab_size() / 64) * 64
+    vocab_size = vocab_size or least
+    if vocab_size < least or vocab_size % 64:
+        raise ValueError(f"vocab_size must be a multiple of 64, at least {least}, got {vocab_size}")
 
     def token_id(token: str) -> int:
         index = tokenizer.token_to_id(token)

@@ -63,6 +63,9 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--aircache-window", "some"): "--aircache-window must be elite, all, last-N",
     ("--aircache-ablation", '{"mege": 1}'): "--aircache-ablation has the unknown key 'mege'; known",
     ("--aircache-ablation", "{"): "--aircache-ablation must be a JSON object, got '{'",
+    (*("--kv-policy", "snapkv"), "--aircache-ablation", '{"audience": "all"}'): (
+        "--aircache-ablation with audience all does not go with --kv-policy snapkv"
+    ),
     ("--aircache-min-visual-tokens", "0"): "--aircache-min-visual-tokens must be an integer >= 1",
 }
 # The parser itself refuses these, as it does for every flag with choices or a type.
@@ -73,7 +76,10 @@ PARSER: dict[tuple[str, ...], str] = {
     ("--aircache-retention", "few"): "argument --aircache-retention: invalid float value: 'few'",
     ("--aircache-min-visual-tokens", "1.5"): "invalid int value: '1.5'",
 }
-ENVIRONMENTS = {("SGLANG_RUST_SERVER", "1"): "with SGLANG_RUST_SERVER=1; unset it"}
+ENVIRONMENTS = {
+    (name, "1"): f"with {name}=1; unset it"
+    for name in ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_METADATA_GLUE_GRAPH")
+}
 ACCEPTED: list[tuple[str, ...]] = [
     (),
     ("--tp-size", "2"),
@@ -82,6 +88,7 @@ ACCEPTED: list[tuple[str, ...]] = [
     ("--radix-eviction-policy", "lfu"),
     ("--aircache-retention", "1", "--aircache-window", "last-5", "--aircache-alpha", "0"),
     ("--kv-policy", "h2o", "--tp-size", "2", "--aircache-ablation", '{"merge": 0.5}'),
+    ("--aircache-ablation", '{"audience": "all"}'),
 ]
 
 
@@ -173,6 +180,28 @@ def test_a_model_without_pictures(outcomes: dict[tuple[str, ...], dict[str, str]
     assert outcome["message"].endswith("without --kv-policy")
 
 
+def fine_on_a_cpu() -> Any:
+    """Resolved arguments that no flag of the table refuses."""
+    view = SimpleNamespace(**{name: value for name, value, _ in support._FLAGS})
+    view.device, view.attention_backend, view.aircache_decode = "cpu", "torch_native", "auto"
+    view.prefill_attention_backend = view.decode_attention_backend = None
+    return view
+
+
+def test_a_backend_is_named_before_what_it_entails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang gives trtllm_mha, its choice on Blackwell, pages of 64."""
+    from sglang.srt.arg_groups import overrides
+
+    view = fine_on_a_cpu()
+    view.device, view.attention_backend, view.page_size = "cuda", "trtllm_mha", 64
+    monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
+    sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
+    assert sentence == (
+        f"{POLICY} does not work with the attention backend trtllm_mha on cuda; "
+        "use --attention-backend triton"
+    )
+
+
 @pytest.mark.parametrize("row", support._FLAGS, ids=[row[2] for row in support._FLAGS])
 def test_each_row_of_the_table_refuses(
     monkeypatch: pytest.MonkeyPatch, row: tuple[str, Any, str]
@@ -181,7 +210,7 @@ def test_each_row_of_the_table_refuses(
     from sglang.srt.arg_groups import overrides
 
     field, fine, flag = row
-    view = SimpleNamespace(**{name: value for name, value, _ in support._FLAGS})
+    view = fine_on_a_cpu()
     setattr(view, field, True if fine is False else 7)
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
     sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
@@ -192,7 +221,7 @@ def test_each_row_of_the_table_refuses(
 def test_time_to_live_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.arg_groups import overrides
 
-    view = SimpleNamespace(**{name: value for name, value, _ in support._FLAGS})
+    view = fine_on_a_cpu()
     view.radix_eviction_policy = "tlru"
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
     sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))

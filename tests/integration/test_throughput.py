@@ -94,6 +94,9 @@ def test_a_server_without_metrics(
     urls = ("--url", aircache_server.url, "--stock-url", stock_server.url)
     assert main([*urls, "--file", str(tmp_path / "rows.jsonl")]) == 2
     assert f"the server at {stock_server.url} needs --enable-metrics." in capfd.readouterr().err
+    assert main(["--url", stock_server.url, "--file", str(tmp_path / "rows.jsonl")]) == 2
+    said = f"the server at {stock_server.url} has --kv-policy none, not aircache."
+    assert said in capfd.readouterr().err
 
 
 def test_capacity_trial(aircache_server: Server) -> None:

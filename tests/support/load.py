@@ -37,7 +37,7 @@ class LoadWatch:
             while not self._stop.wait(self._interval):
                 try:
                     load = session.get(self._url, timeout=60).json()["loads"][0]
-                except requests.RequestException:
+                except (requests.RequestException, ValueError, LookupError, TypeError):
                     return  # the requests themselves will say what is wrong
                 self._samples.append((time.perf_counter(), load))
 

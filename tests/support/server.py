@@ -278,11 +278,6 @@ class Server(Client):
                 )
             time.sleep(0.2)
 
-    def wait_exit(self, timeout: float | None = None) -> int:
-        """Wait until the server ends by itself and return its exit code."""
-        assert self.process is not None, "not started"
-        return self.process.wait(timeout)
-
     def is_running(self) -> bool:
         """Whether the launched process is alive."""
         return self.process is not None and self.process.poll() is None

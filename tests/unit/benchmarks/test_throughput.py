@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.records import Results, read
 from benchmarks.throughput import run
@@ -22,6 +23,7 @@ from benchmarks.throughput.plan import (
     PRESETS,
     Cell,
     GateCell,
+    Limits,
     does_not_fit,
     plan,
     plan_gate,
@@ -29,17 +31,16 @@ from benchmarks.throughput.plan import (
 )
 from benchmarks.throughput.report import fill_in, report, tables
 from tests.factories import make_qwen2_vl
-from tests.support import ServerError
+from tests.support import Server, ServerError
 
 SMALL, TABLE3 = PRESETS["cpu-small"], PRESETS["table3"]
 
 
 def test_the_variants_of_a_cell_take_turns() -> None:
     cells = plan(SMALL)
-    assert len(cells) == 8 * 4 * 3  # without 8 x 8192
+    assert len(cells) == 9 * 4 * 3
     assert [cell.retention for cell in cells[:12]] == [None, 1.0, 0.5, 0.1] * 3
     assert [cell.round for cell in cells[:12]] == [0] * 4 + [1] * 4 + [2] * 4
-    assert max(cell.batch * cell.visual_tokens for cell in cells) == 32_768
 
 
 def test_servers_that_do_not_fit_side_by_side_take_turns() -> None:
@@ -69,15 +70,45 @@ def test_what_fits() -> None:
     largest = Cell(0.1, 32, 32_768, 0)
     needed = 32 * (8 + 2 * 32 + 32_768 + 64 + 512 + 3277)
     assert pool_tokens(TABLE3, largest) == needed
-    assert does_not_fit(TABLE3, largest, needed, 36_864) is None
-    assert does_not_fit(TABLE3, largest, needed - 1, 36_864) == (
+    assert does_not_fit(TABLE3, largest, Limits(needed, 36_864, 32)) is None
+    assert does_not_fit(TABLE3, largest, Limits(needed - 1, 36_864, 32)) == (
         f"32 x 32768 visual tokens need {needed} tokens of KV, the server's pool holds {needed - 1}"
     )
-    assert does_not_fit(TABLE3, largest, needed, 32_768) == (
+    assert does_not_fit(TABLE3, largest, Limits(needed, 32_768, 32)) == (
         "32 x 32768 visual tokens need a context of 33416 tokens, the server's is 32768"
     )
-    for cell in plan(SMALL):
-        assert does_not_fit(SMALL, cell, 53_248, 16_384) is None
+    assert does_not_fit(TABLE3, largest, Limits(needed, 36_864, 31)) == (
+        "32 x 32768 visual tokens are more requests than the server runs at once, 31"
+    )
+    small = Limits(53_248, 16_384, 16)
+    left_out = {c for c in plan(SMALL) if does_not_fit(SMALL, c, small) is not None}
+    assert left_out == {c for c in plan(SMALL) if (c.batch, c.visual_tokens) == (8, 8192)}
+
+
+def test_limits_of_a_server() -> None:
+    info = {"max_total_num_tokens": 4000, "context_length": 2048, "max_req_input_len": 1000}
+    assert Limits.of(info) == Limits(4000, 2048, 2**31)
+    info |= {"context_length": None}
+    states = [{"effective_max_running_requests_per_dp": 7}]
+    assert Limits.of(info | {"internal_states": states}) == Limits(4000, 1000, 7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_preset_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "table3", "--file", str(tmp_path / "rows.jsonl")]) == 2
+    assert capsys.readouterr().err == (
+        "Nothing was measured: preset table3 needs an NVIDIA GPU, or --url.\n"
+    )
+
+
+def test_a_server_that_ended_shows_its_log(tmp_path: Path) -> None:
+    servers = run.Servers(SMALL, tmp_path)
+    servers.check_alive()
+    log = tmp_path / "log"
+    log.write_text("no memory left")
+    servers._running["none"] = Server("model", log=log)
+    with pytest.raises(ServerError, match=r"^the server of none has ended\nno memory left$"):
+        servers.check_alive()
 
 
 def test_bytes_of_a_step(tmp_path: Path) -> None:
@@ -86,7 +117,6 @@ def test_bytes_of_a_step(tmp_path: Path) -> None:
     config = read_config(str(folder))
     assert config is not None
     assert kv_bytes(config, 2) == 57_344  # Qwen2-VL-7B: 56 KiB a token
-    config["vocab_size"] = 152_064
     # Its 7.07e9 parameters without the embedding, norms and biases.
     assert weight_bytes(config, 2) == 2 * (28 * 233_046_016 + 152_064 * 3584)
     assert read_config(str(tmp_path / "elsewhere")) is None

@@ -42,17 +42,29 @@ class Shape:
 
 
 class Pool(KVPlanes):
-    """The planes alone, and the plainest way to write them."""
+    """The planes alone, and the plainest way to write them; float8 as raw bytes, as SGLang's."""
 
     def __init__(self, shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer_num, self.start_layer = shape.layers, 0
+        self.layer_num, self.start_layer, self.dtype = shape.layers, 0, dtype
         sizes = (shape.layers, rows, shape.kv_heads, shape.head_dim)
-        self.create_planes(sizes, dtype, dtype, device)
+        store_dtype = torch.uint8 if dtype.itemsize == 1 else dtype
+        self.create_planes(sizes, dtype, store_dtype, device)
 
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         for buffer, new in ((self.k_buffer, k), (self.v_buffer, v)):
             plane = buffer[layer.layer_id]
-            plane[slots] = new.view(-1, *plane.shape[1:]).to(plane.dtype)
+            plane[slots] = new.reshape(-1, *plane.shape[1:]).to(self.dtype).view(plane.dtype)
+
+    def read(self, layer: Any, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of slots [...], [..., H_kv, D] each."""
+        k, v = (half[layer.layer_id][slots] for half in (self.k_buffer, self.v_buffer))
+        return k.view(self.dtype), v.view(self.dtype)
+
+    def poison(self, slots: torch.Tensor) -> None:
+        """NaN in all layers, K and V."""
+        for layer in range(self.layer_num):
+            nothing = torch.full_like(self.k_all[layer, : len(slots)], float("nan"))
+            self.write(SimpleNamespace(layer_id=layer), slots, nothing, nothing)
 
 
 class Mode(enum.Enum):
@@ -99,13 +111,8 @@ class Stock:
         positions = torch.arange(slots.shape[1], device=slots.device)
         hidden = positions[None, :] >= batch.seq_lens[:, None]
         heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        return attention(
-            heads,
-            self.pool.k_buffer[layer.layer_id][slots],
-            self.pool.v_buffer[layer.layer_id][slots],
-            hidden[:, None, :],
-            layer.scaling,
-        ).view_as(q)
+        k, v = self.pool.read(layer, slots)
+        return attention(heads, k, v, hidden[:, None, :], layer.scaling).view_as(q)
 
 
 def attention(
@@ -113,7 +120,7 @@ def attention(
 ) -> torch.Tensor:
     """q: [n, H_q, D]; k, v: [n, T, H_kv, D]; hidden: bool, broadcast to [n, H_q, T]."""
     group = q.shape[1] // k.shape[2]
-    k, v = (x.nan_to_num(0.0).repeat_interleave(group, dim=2).to(q.dtype) for x in (k, v))
+    k, v = (x.to(q.dtype).nan_to_num(0.0).repeat_interleave(group, dim=2) for x in (k, v))
     logits = torch.einsum("nhd,nthd->nht", q, k) * scale
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("nht,nthd->nhd", weights, v)
@@ -158,13 +165,14 @@ class World:
         *,
         shape: Shape | None = None,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         retention: float = 0.2,
         new_tokens: int = 8,
         device: torch.device,
     ) -> None:
         """prompts: with pictures, or the length of one without."""
         self.shape = shape = shape or Shape()
-        self.dtype, self.device = dtype, device
+        self.dtype, self.kv_dtype, self.device = dtype, kv_dtype or dtype, device
         self.random = torch.Generator().manual_seed(0)
         self.config = AirCacheConfig(retention=retention, return_selection=True)
         lengths = [p if isinstance(p, int) else p.length for p in prompts]
@@ -172,7 +180,7 @@ class World:
         n_slots = sum(lengths) + sum(extra) + new_tokens * len(prompts)
         # Slot 0 is padding.
         self.free = (1 + torch.randperm(n_slots, generator=self.random)).to(device)
-        self.pool = Pool(shape, n_slots + 1, dtype, device)
+        self.pool = Pool(shape, n_slots + 1, self.kv_dtype, device)
         n_rows, context = len(prompts) + 1, max(lengths) + new_tokens
         self.req_to_token = torch.zeros(n_rows, context, dtype=torch.int32, device=device)
         self.table = CompressionTable(n_rows, shape.layers, device)
@@ -222,10 +230,11 @@ class World:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def remember(self, request: Request, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Append computed keys and values [L, n, H_kv * D]."""
+        """Append computed keys and values [L, n, H_kv * D], as the pool rounds them."""
         heads = (self.shape.layers, -1, self.shape.kv_heads, self.shape.head_dim)
-        request.keys = torch.cat([request.keys, k.reshape(heads)], dim=1)
-        request.values = torch.cat([request.values, v.reshape(heads)], dim=1)
+        k, v = (x.reshape(heads).to(self.kv_dtype).to(self.dtype) for x in (k, v))
+        request.keys = torch.cat([request.keys, k], dim=1)
+        request.values = torch.cat([request.values, v], dim=1)
 
     def prefill(self) -> None:
         """One batch of all prompts; then the pass, and NaN in every slot that it gave back."""
@@ -272,8 +281,7 @@ class World:
         for request, _ in jobs:
             assert request.record is not None and request.prompt is not None
             request.kept = request.record.report()["selection"]
-            evicted = cells.visual_slots(request.record)
-            self.pool.k_all[:, evicted] = self.pool.v_all[:, evicted] = float("nan")
+            self.pool.poison(cells.visual_slots(request.record))
 
     def step(self, requests: Sequence[Request]) -> tuple[Batch, Any, Any, Any]:
         """A decode batch with the next token of each request entered, and its q, k and v."""

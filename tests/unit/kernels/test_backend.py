@@ -101,6 +101,19 @@ def test_no_sglang_is_needed() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_float8(device: torch.device) -> None:
+    world = World(
+        [PROMPTS[1], 40, PROMPTS[0]], kv_dtype=torch.float8_e4m3fn, retention=0.5, device=device
+    )
+    replay = world.capture(4)
+    world.prefill()
+    for run in (world.run, replay):
+        batch, q, k, v = world.step(world.requests)
+        out = run(batch, q, k, v).cpu().double()
+        expected = world.expected(world.requests, q)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     world = World([PROMPTS[1], 40, PROMPTS[0]], dtype=dtype, retention=0.5, device=device)
