@@ -50,7 +50,7 @@ from aircache_kernels import (
     select,
 )
 from benchmarks.plot_kernels import plot
-from benchmarks.records import RESULTS, Row, git
+from benchmarks.records import RESULTS, Row, commit
 from benchmarks.rival_decode import RIVALS, Layer
 
 FILE = RESULTS / "kernels.jsonl"
@@ -571,7 +571,7 @@ def provenance() -> Row:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
-        "git": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "git": commit(),
         "command": shlex.join(["python", "-m", "benchmarks.bench_kernels", *sys.argv[1:]]),
         "time": time.strftime("%FT%TZ", time.gmtime()),
     }

@@ -36,6 +36,12 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def commit() -> str:
+    """What the code is: HEAD, marked where a file other than a result differs from it."""
+    changed = git("status", "--porcelain", "--", ".", ":(exclude)*/results/*", ":(exclude)docs")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
 def module() -> str:
     """The module that `python -m` runs."""
     spec = sys.modules["__main__"].__spec__
@@ -50,7 +56,7 @@ def provenance() -> Row:
         "torch": version("torch"),
         "device": cpu_name(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "git": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "git": commit(),
         "command": shlex.join(["python", "-m", module(), *sys.argv[1:]]),
     }
 
