@@ -52,7 +52,7 @@ _KNOBS = {
     "ablation.sinks": ("streaming",),
 }
 
-_LAST_N = re.compile(r"(last|visual)-([1-9][0-9]{0,2})")
+_WINDOW_N = re.compile(r"(last|visual)-([1-9][0-9]{0,2})")
 
 
 def _check_share(name: str, value: Any, *, zero_allowed: bool) -> float:
@@ -76,7 +76,7 @@ def _check_window(name: str, value: Any) -> str:
     if isinstance(value, str):
         if value in ("elite", "all"):
             return value
-        found = _LAST_N.fullmatch(value)
+        found = _WINDOW_N.fullmatch(value)
         if found and int(found.group(2)) <= INSTRUCTION_LIMIT:
             return value
     raise ValueError(
@@ -203,12 +203,10 @@ class AirCacheConfig:
                 return "--kv-policy"
             return prefix + (field.replace("_", "-") if prefix.startswith("--") else field)
 
-        if self.ablation.audience == "all":
-            self._check_unified(name)
         mass = self.min_visual_mass
         if mass is not None:
             mass = _check_share(name("min_visual_mass"), mass, zero_allowed=False)
-        return AirCacheConfig(
+        config = AirCacheConfig(
             policy=_check_choice(name("policy"), self.policy, ("none", *POLICIES)),
             retention=_check_share(name("retention"), self.retention, zero_allowed=False),
             min_visual_mass=mass,
@@ -223,14 +221,16 @@ class AirCacheConfig:
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
+        if config.ablation.audience == "all":
+            config._check_unified(name)
+        return config
 
     def _check_unified(self, name: Callable[[str], str]) -> None:
         """Refuse what has no meaning once text is evicted too."""
-        found = _LAST_N.fullmatch(self.window) if isinstance(self.window, str) else None
         for field, bad in (
             ("policy", self.policy not in ("none", *UNIFIED)),
             ("reuse", self.reuse != "exact"),
-            ("window", found is not None and found.group(1) == "visual"),
+            ("window", self._window_of("visual") > 0),
             ("min_visual_mass", self.min_visual_mass is not None),
         ):
             if bad:
@@ -292,7 +292,8 @@ class AirCacheConfig:
                     f"{REQUEST_KEY}.{name} is a knob of {', '.join(takers)}, "
                     f"not of policy {self.policy}"
                 )
-        if "window" in names and self.policy in ("snapkv", "pyramidkv") and not self._last_n():
+        takes_last = self.policy in ("snapkv", "pyramidkv")
+        if "window" in names and takes_last and not self._window_of("last"):
             raise ValueError(
                 f"{REQUEST_KEY}.window must be last-N with policy {self.policy}, "
                 f"got {self.window!r}"
@@ -317,7 +318,7 @@ class AirCacheConfig:
         """
         if self.window == "all":
             return INSTRUCTION_LIMIT, 0.0
-        last = self._last_n()
+        last = self._window_of("last")
         return (last, 0.0) if last else (INSTRUCTION_LIMIT, self.alpha)
 
     def scores_are_importance(self) -> bool:
@@ -330,16 +331,14 @@ class AirCacheConfig:
         The own window of `snapkv` and `pyramidkv` where `window` names no other; all of the
         instruction for the rest.
         """
-        found = _LAST_N.fullmatch(self.window)
         if self.policy == "aircache":
-            if found and found.group(1) == "visual":
-                return 0, int(found.group(2))
-            return self.scoring_window()[0], 0
+            visual = self._window_of("visual")
+            return (0, visual) if visual else (self.scoring_window()[0], 0)
         if self.policy in ("snapkv", "pyramidkv"):
-            return self._last_n() or (32 if self.policy == "snapkv" else 8), 0
+            return self._window_of("last") or (32 if self.policy == "snapkv" else 8), 0
         return INSTRUCTION_LIMIT, 0
 
-    def _last_n(self) -> int:
-        """N of `last-N`, else 0."""
-        found = _LAST_N.fullmatch(self.window)
-        return int(found.group(2)) if found and found.group(1) == "last" else 0
+    def _window_of(self, kind: str) -> int:
+        """N where the window is `kind-N`, else 0; kind: `last` or `visual`."""
+        found = _WINDOW_N.fullmatch(self.window)
+        return int(found.group(2)) if found and found.group(1) == kind else 0

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = [path for path in pictures if path not in unreadable]
 
     with (
-        # First, so that a folder that is not there costs no start of the engine.
+        # First, so that a file that cannot be written costs no start of the engine.
         arguments.out.open("a") as out,
         engine_of(arguments.checkpoint, arguments.retention, arguments.device) as engine,
         tqdm(total=len(pictures), unit="picture") as bar,

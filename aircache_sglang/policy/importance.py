@@ -71,6 +71,8 @@ def importance_batched(
     weight = elite_tokens.to(dtype)
     weight /= weight.sum(dim=-1, keepdim=True) * group  # eq. 8 and the mean over the KV group
     elite_tokens = elite_tokens.view(n_layers, n_kv, group, 1, n_text)
+    if unified:  # the text keys are among the visual ones
+        elite_tokens = torch.zeros_like(elite_tokens)
     weight = weight.view(n_layers, n_kv, group, n_text)
     queries = q_text.reshape(n_layers, n_text, n_kv, group, head_dim).permute(0, 2, 3, 1, 4)
     text_keys, visual_keys = k_text.permute(0, 2, 3, 1), k_visual.permute(0, 2, 3, 1)
@@ -83,6 +85,7 @@ def importance_batched(
     layers = max(1, max_elements // (per_head * n_kv))
     scores = torch.zeros(n_layers, n_kv, n_visual, dtype=dtype, device=k_visual.device)
     key_positions = torch.arange(n_visual, device=k_visual.device)
+    row_positions = key_positions[-n_text:, None]  # of a unified prompt
     for l0 in range(0, n_layers, layers):
         for h0 in range(0, n_kv, heads):
             part = (slice(l0, l0 + layers), slice(h0, h0 + heads))
@@ -94,10 +97,9 @@ def importance_batched(
                 on_visual = torch.matmul(q, k_v)  # [l, h, g * t, N_v]
                 on_text = torch.matmul(q, k_t).view(l_, h_, g_, t_, n_text)
                 # eq. 6: only elite text keys share the softmax with the visual ones
-                on_text.masked_fill_(~elite_tokens[part] | unified, float("-inf"))
+                on_text.masked_fill_(~elite_tokens[part], float("-inf"))
                 if unified:
-                    rows_at = torch.arange(n_visual - n_text, n_visual, device=q.device)
-                    hidden = key_positions > rows_at[t0 : t0 + t_, None]
+                    hidden = key_positions > row_positions[t0 : t0 + t_]
                     on_visual.view(l_, h_, g_, t_, n_visual).masked_fill_(hidden, float("-inf"))
                 on_text = on_text.view(l_, h_, g_ * t_, n_text)
                 top = torch.maximum(on_visual.amax(-1, True), on_text.amax(-1, True))

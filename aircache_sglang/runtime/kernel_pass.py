@@ -17,8 +17,9 @@ from aircache_kernels import (
     select,
 )
 from aircache_kernels.validation import MAX_VISUAL
-from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation, AirCacheConfig
+from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation
 from aircache_sglang.runtime.compress import Cells, Job, TorchPass
+from aircache_sglang.runtime.record import Intent
 from aircache_sglang.runtime.stash import joined
 from aircache_sglang.runtime.transfer import indptr, vectors_to_device
 
@@ -26,10 +27,12 @@ from aircache_sglang.runtime.transfer import indptr, vectors_to_device
 Group = tuple[str, float, str, str]
 
 
-def in_kernels(config: AirCacheConfig) -> bool:
+def in_kernels(intent: Intent) -> bool:
     """Whether the kernels have all that a request asks for."""
+    config = intent.config
     return (
-        config.policy == "aircache"
+        intent.prompt.n_visual <= MAX_VISUAL
+        and config.policy == "aircache"
         and config.budget != "pyramid"
         and not config.observed()[1]
         and config.min_visual_mass is None
@@ -54,7 +57,7 @@ class KernelPass:
         groups: dict[Group, list[Job]] = {}
         for job in jobs:
             config = job.record.intent.config
-            if in_kernels(config) and job.record.intent.prompt.n_visual <= MAX_VISUAL:
+            if in_kernels(job.record.intent):
                 key = (config.window, config.alpha, config.elite, config.budget)
                 groups.setdefault(key, []).append(job)
             else:

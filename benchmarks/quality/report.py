@@ -385,10 +385,8 @@ def unified_table(scores: Scores) -> Iterator[str]:
     samples = scores.common([full, *(setting for row in asked.values() for setting in row)])
 
     def figures(setting: Setting) -> str:
-        rows = scores.of(setting)
-        letters = [len(rows[sample]["answer"]) for sample in samples] if rows else []
-        length = statistics.fmean(letters) if letters else None
-        return f"{cell(scores.score(setting, samples))} / {cell(length)}"
+        letters = cell(scores.mean(setting, samples, "letters"))
+        return f"{cell(scores.score(setting, samples))} / {letters}"
 
     lines = []
     for (policy, audience), row in asked.items():
@@ -537,7 +535,9 @@ def sections(path: Path, page: Path) -> Iterator[str]:
     rows = [row for row in rows if current(row["key"]["setting"])]
     yield header(path, runs, rows)
     for name in dict.fromkeys(row["key"]["dataset"] for row in rows):
-        of_set = [row for row in rows if row["key"]["dataset"] == name]
+        of_set = [
+            row | {"letters": len(row["answer"])} for row in rows if row["key"]["dataset"] == name
+        ]
         if name == "ours":
             of_set = with_anls(of_set)
         scores = Scores(of_set)

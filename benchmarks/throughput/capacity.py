@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -200,7 +201,7 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
     with servers(preset, clients) as running:
         cells = {r: Cell(r, 1, preset.picture_tokens, 0) for r in SETTINGS}
         asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
-        tried: list[float] = []
+        trials = itertools.count(1)
 
         def run(retention: float | None, rate: float) -> Row:
             key = {
@@ -215,9 +216,8 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
                 model = str(client.info()["model_path"])
                 return trial(client, load, model, retention, rate, seed_of(key))
 
-            tried.append(rate)
             # A burst and about four rates for each.
-            print(f"[{len(tried)} of about {5 * len(asked)}] ", end="", flush=True)
+            print(f"[{next(trials)} of about {5 * len(asked)}] ", end="", flush=True)
             results.measure(key, measured)
             return next(row for row in results.rows if row["key"] == key)
 

@@ -96,10 +96,9 @@ def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
     from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned
     from sglang.srt.environ import envs
 
-    if envs.SGLANG_RUST_SERVER.get():
-        yield f"{policy} does not work with SGLANG_RUST_SERVER=1; unset it"
-    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
-        yield f"{policy} does not work with SGLANG_ENABLE_METADATA_GLUE_GRAPH=1; unset it"
+    for variable in ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+        if getattr(envs, variable).get():
+            yield f"{policy} does not work with {variable}=1; unset it"
     if post_capture_kv_sizing_planned(server_args):
         yield (
             f"{policy} does not work with post-capture KV sizing; "

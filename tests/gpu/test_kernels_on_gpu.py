@@ -25,7 +25,14 @@ from aircache_kernels import (
     select,
 )
 from aircache_sglang.runtime.kernel_pass import KernelPass
-from tests.unit.kernels.cases import DecodeCase, Request, decode_case, prefix, score_case
+from tests.unit.kernels.cases import (
+    DecodeCase,
+    Request,
+    captured,
+    decode_case,
+    prefix,
+    score_case,
+)
 from tests.unit.kernels.test_engine_twins import SAME, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
@@ -143,14 +150,7 @@ def test_cuda_graph_with_padded_rows(device: torch.device) -> None:
             text_indptr=indptr, text_indices=indices,
         )  # fmt: skip
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = captured(step)
     graph.replay()
     assert out.isfinite().all()
     case.req_pool_indices.copy_(live[0])

@@ -28,27 +28,17 @@ from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, QueryStash
 from aircache_sglang.runtime.table import CompressionTable
-from tests.unit.kernels.test_engine_twins import OneRank
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shape:
-    """Of the attention layers."""
-
-    layers: int = 3
-    heads: int = 6
-    kv_heads: int = 2
-    head_dim: int = 16
+from tests.unit.kernels.cases import captured
+from tests.unit.kernels.test_engine_twins import H_KV, H_Q, D, L, OneRank
 
 
 class Pool(KVPlanes):
     """The planes alone, and the plainest way to write them; float8 as raw bytes, as SGLang's."""
 
-    def __init__(self, shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer_num, self.start_layer, self.dtype = shape.layers, 0, dtype
-        sizes = (shape.layers, rows, shape.kv_heads, shape.head_dim)
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layer_num, self.start_layer, self.dtype = L, 0, dtype
         store_dtype = torch.uint8 if dtype.itemsize == 1 else dtype
-        self.create_planes(sizes, dtype, store_dtype, device)
+        self.create_planes((L, rows, H_KV, D), dtype, store_dtype, device)
 
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         for buffer, new in ((self.k_buffer, k), (self.v_buffer, v)):
@@ -143,17 +133,11 @@ class Request:
         """bool [H_kv, length], True where a compressed request's token was evicted."""
         hidden = torch.zeros(self.keys.shape[2], self.length, dtype=torch.bool)
         if self.prompt is not None and self.kept is not None:
-            positions = torch.as_tensor(self.prompt.visual_positions())
+            positions = self.prompt.visual_positions()
             hidden[:, positions] = True
             for head, ordinals in enumerate(self.kept[layer]):
                 hidden[head, positions[ordinals]] = False
         return hidden
-
-
-PROMPTS = (
-    VisualPrompt(spans=((5, 68),), length=90, n_visual=63),
-    VisualPrompt(spans=((0, 40), (43, 114), (115, 120)), length=131, n_visual=116),
-)
 
 
 class World:
@@ -163,7 +147,6 @@ class World:
         self,
         prompts: Sequence[VisualPrompt | int],
         *,
-        shape: Shape | None = None,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
         retention: float = 0.2,
@@ -171,7 +154,6 @@ class World:
         device: torch.device,
     ) -> None:
         """prompts: with pictures, or the length of one without."""
-        self.shape = shape = shape or Shape()
         self.dtype, self.kv_dtype, self.device = dtype, kv_dtype or dtype, device
         self.random = torch.Generator().manual_seed(0)
         self.config = AirCacheConfig(retention=retention, return_selection=True)
@@ -180,10 +162,10 @@ class World:
         n_slots = sum(lengths) + sum(extra) + new_tokens * len(prompts)
         # Slot 0 is padding.
         self.free = (1 + torch.randperm(n_slots, generator=self.random)).to(device)
-        self.pool = Pool(shape, n_slots + 1, self.kv_dtype, device)
+        self.pool = Pool(n_slots + 1, self.kv_dtype, device)
         n_rows, context = len(prompts) + 1, max(lengths) + new_tokens
         self.req_to_token = torch.zeros(n_rows, context, dtype=torch.int32, device=device)
-        self.table = CompressionTable(n_rows, shape.layers, device)
+        self.table = CompressionTable(n_rows, L, device)
         self.capturing: str | None = None
         self.state = AttentionState(
             self.pool,
@@ -197,15 +179,15 @@ class World:
         self.layers = [
             SimpleNamespace(
                 layer_id=layer,
-                tp_q_head_num=shape.heads,
-                qk_head_dim=shape.head_dim,
-                v_head_dim=shape.head_dim,
-                scaling=shape.head_dim**-0.5,
+                tp_q_head_num=H_Q,
+                qk_head_dim=D,
+                v_head_dim=D,
+                scaling=D**-0.5,
                 logit_cap=0.0,
             )
-            for layer in range(shape.layers)
+            for layer in range(L)
         ]
-        nothing = torch.empty(shape.layers, 0, shape.kv_heads, shape.head_dim, dtype=dtype)
+        nothing = torch.empty(L, 0, H_KV, D, dtype=dtype)
         self.requests = [
             Request(row, length, None if isinstance(p, int) else p, nothing, nothing)
             for row, (p, length) in enumerate(zip(prompts, lengths, strict=True), start=1)
@@ -218,11 +200,9 @@ class World:
 
     def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [L, n, H_q * D] and k, v [L, n, H_kv * D] of n tokens, on the host."""
-        s = self.shape
-        widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
         q, k, v = (
-            torch.randn(s.layers, n, width, generator=self.random).to(self.dtype)
-            for width in widths
+            torch.randn(L, n, heads * D, generator=self.random).to(self.dtype)
+            for heads in (H_Q, H_KV, H_KV)
         )
         return 2 * q, k, v
 
@@ -231,15 +211,14 @@ class World:
 
     def remember(self, request: Request, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append computed keys and values [L, n, H_kv * D], as the pool rounds them."""
-        heads = (self.shape.layers, -1, self.shape.kv_heads, self.shape.head_dim)
-        k, v = (x.reshape(heads).to(self.kv_dtype).to(self.dtype) for x in (k, v))
+        k, v = (x.reshape(L, -1, H_KV, D).to(self.kv_dtype).to(self.dtype) for x in (k, v))
         request.keys = torch.cat([request.keys, k], dim=1)
         request.values = torch.cat([request.values, v], dim=1)
 
     def prefill(self) -> None:
         """One batch of all prompts; then the pass, and NaN in every slot that it gave back."""
         rows, lens, slots, jobs, first = [], [], [], [], 0
-        kept = BatchStash(self.shape.layers)
+        kept = BatchStash(L)
         for request in self.requests:
             mine = self.take(request.length)
             self.req_to_token[request.row, : request.length] = mine.int()
@@ -350,14 +329,7 @@ class World:
                     self.capturing = None
 
             return again
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
+        graph, out = captured(run)
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -367,16 +339,15 @@ class World:
 
     def expected(self, requests: Sequence[Request], q: torch.Tensor) -> torch.Tensor:
         """What a decode step must give, in float64 from the keys and values as computed."""
-        shape, group = self.shape, self.shape.heads // self.shape.kv_heads
-        heads = q.cpu().double().view(shape.layers, -1, shape.heads, shape.head_dim)
+        heads = q.cpu().double().view(L, -1, H_Q, D)
         out = torch.empty_like(heads)
-        for layer in range(shape.layers):
+        for layer in range(L):
             for i, request in enumerate(requests):
                 out[layer, i] = attention(
                     heads[layer, i][None],
                     request.keys[layer][None],
                     request.values[layer][None],
-                    request.hidden(layer).repeat_interleave(group, dim=0)[None],
+                    request.hidden(layer).repeat_interleave(H_Q // H_KV, dim=0)[None],
                     self.layers[layer].scaling,
                 )[0]
         return out.flatten(2)

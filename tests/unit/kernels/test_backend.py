@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from aircache_sglang.runtime.attention import COMPRESSED, PLAIN
-from tests.unit.kernels.backend_world import PROMPTS, World
+from tests.unit.kernels.backend_world import World
+from tests.unit.kernels.test_engine_twins import PROMPTS
 
 
 def test_answers_are_those_of_the_kept_tokens(device: torch.device) -> None:
