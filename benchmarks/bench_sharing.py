@@ -29,8 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aircache_sglang.testing import LoadWatch, Server
 from benchmarks.records import RESULTS, Row, identity, provenance, read
-from tests.support import LoadWatch, Server
 
 POOL = 4096
 PICTURE_SIDE = 20  # 400 visual tokens
@@ -125,7 +125,7 @@ class Workload:
 
 def questions(load: Workload, pictures: int = 12, each: int = 4) -> None:
     """4 questions on each of 12 pictures, shuffled, 8 at a time: the pool keeps 8 pictures."""
-    from tests.support.prompts import picture, user_prompt, words
+    from aircache_sglang.testing.prompts import picture, user_prompt, words
 
     prompts = [
         user_prompt(picture(i, PICTURE_SIDE, PICTURE_SIDE), words(8, seed=100 * i + q))
@@ -142,7 +142,7 @@ def shared(load: Workload, requests: int = 48) -> None:
 
     A long text takes the pool until all of them wait, since a client prepares pictures slowly.
     """
-    from tests.support.prompts import picture, user_prompt, words
+    from aircache_sglang.testing.prompts import picture, user_prompt, words
 
     system = words(300, seed=7)
     prompts = [
@@ -174,7 +174,7 @@ def mixed(load: Workload, requests: int = 160) -> None:
     Texts have 60 to 240 words before a question of their own. Both are zipf-like, together they
     are 7000 tokens: which text is still there is up to eviction alone.
     """
-    from tests.support.prompts import picture, user_prompt, words
+    from aircache_sglang.testing.prompts import picture, user_prompt, words
 
     rng = random.Random(0)
     texts = [words(rng.randint(60, 240), seed=500 + i) for i in range(16)]
@@ -202,7 +202,7 @@ def chats(load: Workload, count: int = 12, turns: int = 12) -> None:
 
     5000 tokens after the first turn, 7500 after the last.
     """
-    from tests.support.prompts import Prompt, picture, user_prompt, words
+    from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
 
     prompts = [
         user_prompt(picture(300 + i, PICTURE_SIDE, PICTURE_SIDE), words(8, seed=i))
@@ -260,8 +260,8 @@ def replay(trace: Sequence[Turn], share: float | None, size: int) -> Row:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-    from aircache_sglang.runtime.metrics import Metrics
-    from aircache_sglang.runtime.tree import SpanTree
+    from aircache_sglang.engine.metrics import Metrics
+    from aircache_sglang.engine.tree import SpanTree
 
     allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, False)
     params = CacheInitParams(False, None, allocator, 1)  # type: ignore[arg-type]
@@ -304,7 +304,7 @@ def measure(parts: Sequence[str], write: Callable[[Row, Row], None]) -> None:
         return
     from transformers import AutoTokenizer
 
-    from tests.factories import make_qwen2_vl
+    from aircache_sglang.testing.checkpoints import make_qwen2_vl
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_qwen2_vl(Path(folder) / "model")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine.heads import TensorParallelHeads
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.compress import Cells, Job, TorchPass
-from aircache_sglang.runtime.heads import TensorParallelHeads
+from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
 from aircache_sglang.runtime.record import CompressionRecord, Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
@@ -31,11 +31,10 @@ def one_pass(shape: Shape, n_visual: int, n_text: int, retention: float, budget:
     slots = torch.arange(1, 1 + length + m)
     req_to_token = slots[None, :length].to(torch.int32)
     group: Any = SimpleNamespace(world_size=1)
-    cells = Cells(
+    cells = PassInputs(
         kv[0],
         kv[1],
-        req_to_token,
-        CompressionTable(1, shape.layers, "cpu"),
+        CompressionTable(req_to_token, shape.layers),
         TensorParallelHeads(group, shape.kv_heads),
         shape.head_dim**-0.5,
     )

@@ -19,8 +19,8 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine.backend import AttentionState, compressing
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.attention import AttentionState, compressing
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.packing import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord, Intent
@@ -66,14 +66,14 @@ class Step:
         pool: Any = SimpleNamespace(
             k_all=self.k_all, v_all=self.v_all, layer_num=shape.layers, rows=rows, start_layer=0
         )
-        self.table = CompressionTable(batch, shape.layers, "cpu")
+        self.table = CompressionTable(self.req_to_token, shape.layers)
         self.records: list[CompressionRecord | None] = [None] * batch
         for row in range(batch):
             self.req_to_token[row] = slots[row * length : (row + 1) * length]
             if n_columns:
                 extra = slots[batch * length + row * n_columns :][:n_columns]
                 self.records[row] = self._compressed(row, n_visual, extra, retention)
-        self.decoder = TorchDecoder(pool, self.table, self.req_to_token)
+        self.decoder = TorchDecoder(pool, self.table)
         self.batch: Any = SimpleNamespace(
             req_pool_indices=torch.arange(batch),
             seq_lens=torch.full((batch,), length),

@@ -20,10 +20,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance
 
+from aircache_sglang.testing import LoadWatch, Server, ServerError
 from benchmarks.documents.model import CHECKPOINT
 from benchmarks.documents.pages import CELL
 from examples.page import Invoice, invoice
-from tests.support import LoadWatch, Server, ServerError
 
 # Code on the invoice, and how it is asked for.
 QUESTIONS = {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lives inside SGLang: pool, plan, pass, table, attention, radix cache, report.
+"""What happens to a request's KV; knows no SGLang.
 
-The way of the data: spans -> stash -> compress -> packing -> table -> attention; `engine.py` holds
-the pieces together, and `aircache_patches` calls it from SGLang's own functions.
+The way of the data: spans -> stash -> compress -> packing -> table -> decode, extend. What holds
+the pieces together, and faces SGLang, is `aircache_sglang.engine`.
 """

@@ -63,15 +63,14 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Cells:
+class PassInputs:
     """What a pass works on.
 
-    k_all, v_all: [L, rows, H_kv, D]; req_to_token: int32 [R, context]; scale: the softmax scale.
+    k_all, v_all: [L, rows, H_kv, D]; scale: the softmax scale.
     """
 
     k_all: torch.Tensor
     v_all: torch.Tensor
-    req_to_token: torch.Tensor
     table: CompressionTable
     heads: HeadGroup
     scale: float
@@ -83,15 +82,15 @@ class Cells:
     def instruction_slots(self, record: CompressionRecord, n_text: int) -> torch.Tensor:
         """int32 [n_text], the slots of the last instruction tokens."""
         length = record.intent.prompt.length
-        return self.req_to_token[record.row, length - n_text : length]
+        return self.table.req_to_token[record.row, length - n_text : length]
 
     def context_slots(self, record: CompressionRecord, n_text: int) -> torch.Tensor:
         """int32 [N_c], the slots of all text before the last n_text instruction tokens."""
-        prompt, row = record.intent.prompt, self.req_to_token[record.row]
+        prompt, row = record.intent.prompt, self.table.req_to_token[record.row]
         last = row[prompt.end : prompt.length - n_text]
         return torch.cat([row[: prompt.start], prompt.between_of(row), last])
 
-    def text_between(self, record: CompressionRecord) -> list[torch.Tensor]:
+    def copy_text_between(self, record: CompressionRecord) -> list[torch.Tensor]:
         """Parts of int64 [n_between], the slots of the text between pictures.
 
         A replica outlives that text: it is copied, and the slots are those of the copies.
@@ -111,8 +110,8 @@ class Cells:
         mass: torch.Tensor,
     ) -> None:
         """Lay out the row's gap, then `keep`; arguments on the device, as there."""
-        prompt, between = record.intent.prompt, torch.cat(self.text_between(record))
-        row, m = self.req_to_token[record.row], record.intent.columns
+        prompt, between = record.intent.prompt, torch.cat(self.copy_text_between(record))
+        row, m = self.table.req_to_token[record.row], record.intent.columns
         gap_end = prompt.start + prompt.n_visual
         row[prompt.start : prompt.start + m] = record.columns
         row[prompt.start + m : gap_end] = 0
@@ -168,7 +167,7 @@ class Judgement:
 class TorchPass:
     """The pass in torch, for any policy and device."""
 
-    def __init__(self, cells: Cells) -> None:
+    def __init__(self, cells: PassInputs) -> None:
         self.cells = cells
 
     def __call__(self, jobs: Sequence[Job]) -> None:
@@ -220,7 +219,7 @@ class TorchPass:
 
 
 def merged(
-    cells: Cells,
+    cells: PassInputs,
     record: CompressionRecord,
     visual: torch.Tensor,
     order: torch.Tensor,
@@ -249,7 +248,7 @@ def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_layers))
 
 
-def judge(policy: Policy, job: Job, cells: Cells, visual_slots: torch.Tensor) -> Judgement:
+def judge(policy: Policy, job: Job, cells: PassInputs, visual_slots: torch.Tensor) -> Judgement:
     """Score one request, a block of layers at a time; visual_slots: int64 [N_v]."""
     q, record, k_all = job.q, job.record, cells.k_all
     config = record.intent.config

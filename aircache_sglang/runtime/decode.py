@@ -144,10 +144,9 @@ def attend(
 class TorchDecoder:
     """Plans a decode step on the host and attends in torch; for the CPU."""
 
-    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
         self.pool = pool
         self.table = table
-        self.req_to_token = req_to_token
         self._cell_cache = CellCache()
         self._buckets: list[Bucket] = []
 
@@ -162,7 +161,7 @@ class TorchDecoder:
                 members,
                 rows[members],
                 forward_batch.seq_lens[members],
-                self.req_to_token,
+                self.table.req_to_token,
                 self.table.gap_start,
                 self.table.gap_len,
                 bucket_cells,

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aircache_sglang.runtime.decode import layer_cell_rows
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.table import CompressionTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,15 +97,17 @@ def attend_extend(
 class TorchExtender:
     """Plans a prefill on the host and attends in torch, a request at a time."""
 
-    def __init__(self, pool: KVPlanes, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
         self.pool = pool
-        self.req_to_token = req_to_token
+        self.table = table
         self._plans: list[ExtendPlan] = []
 
     def plan(self, jobs: Sequence[ExtendJob]) -> None:
         """Read the slots of the requests of one prefill."""
         self._plans = [
-            plan_extend(job, self.req_to_token[job.record.row], self.pool.layer_num, self.pool.rows)
+            plan_extend(
+                job, self.table.req_to_token[job.record.row], self.pool.layer_num, self.pool.rows
+            )
             for job in jobs
         ]
 

@@ -47,7 +47,6 @@ class FlashInferDecoder:
         self,
         pool: KVPlanes,
         table: CompressionTable,
-        req_to_token: torch.Tensor,
         *,
         n_q: int,
         q_dtype: torch.dtype,
@@ -56,7 +55,6 @@ class FlashInferDecoder:
         """n_q: query heads of this rank; scale: the softmax scale of all layers."""
         self.pool = pool
         self.table = table
-        self.req_to_token = req_to_token
         device, (_, _, n_kv, head_dim) = pool.k_all.device, pool.k_all.shape
         self._decode = OnePlanDecode(
             torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
@@ -83,7 +81,7 @@ class FlashInferDecoder:
         kv_indptr = torch.empty((n_layers, batch + 1), dtype=torch.int32, device=device)
         last_page_len = torch.empty(batch, dtype=torch.int32, device=device)
         build_flashinfer_tables(
-            self.req_to_token,
+            self.table.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
             self.table.gap_start,

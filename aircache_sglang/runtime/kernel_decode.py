@@ -22,10 +22,9 @@ class KernelDecoder:
     compressed.
     """
 
-    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
         self.pool = pool
         self.table = table
-        self.req_to_token = req_to_token
 
     def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
         """Nothing to do."""
@@ -37,7 +36,7 @@ class KernelDecoder:
             self.pool.k_all,
             self.pool.v_all,
             layer.layer_id - self.pool.start_layer,
-            self.req_to_token,
+            self.table.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
             self.table.gap_start,

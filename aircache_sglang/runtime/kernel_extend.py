@@ -21,14 +21,13 @@ class KernelExtender:
     Their slots are found through the live row and the table, in which they have been entered.
     """
 
-    def __init__(self, pool: KVPlanes, table: CompressionTable, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
         self.pool = pool
         self.table = table
-        self.req_to_token = req_to_token
 
     def plan(self, jobs: Sequence[ExtendJob]) -> None:
         """Bring the layout of one prefill to the device."""
-        device = self.req_to_token.device
+        device = self.table.req_to_token.device
         lengths = [job.end - job.start for job in jobs]
         batch_rows = [row for job in jobs for row in range(job.source.start, job.source.stop)]
         self._source = to_device(batch_rows, device, torch.int64)
@@ -45,7 +44,7 @@ class KernelExtender:
             self.pool.k_all,
             self.pool.v_all,
             layer.layer_id - self.pool.start_layer,
-            self.req_to_token,
+            self.table.req_to_token,
             self._rows,
             self._seq_lens,
             self.table.gap_start,

@@ -18,7 +18,7 @@ from aircache_kernels import (
 )
 from aircache_kernels.validation import MAX_VISUAL
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation
-from aircache_sglang.runtime.compress import Cells, Job, TorchPass
+from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
 from aircache_sglang.runtime.record import Intent
 from aircache_sglang.runtime.stash import joined
 from aircache_sglang.runtime.transfer import indptr, vectors_to_device
@@ -49,7 +49,7 @@ class KernelPass:
     `TorchPass`.
     """
 
-    def __init__(self, cells: Cells) -> None:
+    def __init__(self, cells: PassInputs) -> None:
         self.cells = cells
         self.torch_pass = TorchPass(cells)
 
@@ -153,14 +153,14 @@ class KernelPass:
             max_columns=max(columns),
         )
         lay_out_rows(
-            cells.req_to_token,
+            cells.table.req_to_token,
             rows,
             starts,
             kv_indptr,
             column_indptr,
             column_indices,
             between_indptr,
-            torch.cat([part for record in records for part in cells.text_between(record)]),
+            torch.cat([part for record in records for part in cells.copy_text_between(record)]),
             cells.table.gap_start,
             cells.table.gap_len,
         )

@@ -15,6 +15,7 @@ import torch
 class CompressionTable:
     """Device tensors keyed by `req_pool_idx`; a row with gap_len 0 is uncompressed.
 
+    req_to_token: int32 [R, context], SGLang's own.
     gap_start, gap_len: int32 [R]; gap_len is the number of visual tokens.
     cell_offset: int32 [R, L + 1], prefix sums of the layer budgets: layer l owns the packed cells
         [cell_offset[r, l], cell_offset[r, l + 1]).
@@ -22,7 +23,9 @@ class CompressionTable:
     Written on the forward stream alone, so that it needs no barrier against running kernels.
     """
 
-    def __init__(self, n_rows: int, n_layers: int, device: torch.device | str) -> None:
+    def __init__(self, req_to_token: torch.Tensor, n_layers: int) -> None:
+        n_rows, device = req_to_token.shape[0], req_to_token.device
+        self.req_to_token = req_to_token
         self.gap_start = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.gap_len = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.cell_offset = torch.zeros((n_rows, n_layers + 1), dtype=torch.int32, device=device)

@@ -18,10 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from aircache_sglang.testing.oracle import Oracle
 from benchmarks.documents.model import CHECKPOINT
 from benchmarks.documents.questions import KINDS, LARGE, Layout, evaluation_set
 from benchmarks.records import provenance
-from tests.support.oracle import Oracle
 
 RESULTS = Path(__file__).parent / "results" / "transformers.jsonl"
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AttentionInterface, AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
+from aircache_sglang.testing.checkpoints.qwen2_vl import IMAGE_MEAN, IMAGE_STD
 from benchmarks.documents.pages import CELL, CHARACTERS, render
 from benchmarks.documents.questions import TEMPLATES, Document, wording
-from tests.factories import make_qwen2_vl
-from tests.factories.qwen2_vl import IMAGE_MEAN, IMAGE_STD
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Both sides of M-RoPE get high frequencies (which cell) and the width low ones (which content).

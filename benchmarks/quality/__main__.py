@@ -102,7 +102,7 @@ def server_url(arguments: argparse.Namespace) -> Iterator[str]:
         yield arguments.url
         return
     from aircache_sglang.platform import has_accelerator
-    from tests.support import Server
+    from aircache_sglang.testing import Server
 
     if not (arguments.model / "config.json").is_file():
         raise ValueError(f"--model must be a checkpoint folder, got {arguments.model}")

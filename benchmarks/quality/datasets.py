@@ -80,7 +80,7 @@ def ours(samples: int | None) -> list[Sample]:
     from benchmarks.documents.questions import KINDS, Question, evaluation_set
 
     def pictures(question: Question) -> list[str]:
-        from tests.support import png_data_url
+        from aircache_sglang.testing import png_data_url
 
         return [png_data_url(image) for image in question.images()]
 

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aircache_sglang.testing import Client, LoadWatch, ServerError
 from benchmarks.records import Results, Row, identity
 from benchmarks.report import Cells, goal, setting, table
 from benchmarks.throughput.plan import COMMON, INSTRUCTION_TOKENS, Cell, Preset
 from benchmarks.throughput.run import servers
-from tests.support import Client, LoadWatch, ServerError
 
 SETTINGS = (None, 0.5, 0.1)
 BURST = math.inf

@@ -18,10 +18,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from aircache_sglang.testing import Client, LoadWatch, Server, ServerError, png_data_url
+from aircache_sglang.testing.prompts import words
 from benchmarks.records import Row
 from benchmarks.throughput.plan import INSTRUCTION_TOKENS, Cell, GateCell, Preset
-from tests.support import Client, LoadWatch, Server, ServerError, png_data_url
-from tests.support.prompts import words
 
 TOKEN_PIXELS = 28
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

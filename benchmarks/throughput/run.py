@@ -14,6 +14,8 @@ import psutil
 import requests
 import torch
 
+from aircache_sglang.testing import Client, Server, ServerError
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from benchmarks.records import Results, Row, cpu_name
 from benchmarks.throughput.bound import copy_bandwidth, kv_bytes, read_config, weight_bytes
 from benchmarks.throughput.measure import run_cell, run_gate_cell, warm_up
@@ -26,8 +28,6 @@ from benchmarks.throughput.plan import (
     plan,
     plan_gate,
 )
-from tests.factories import make_qwen2_vl
-from tests.support import Client, Server, ServerError
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

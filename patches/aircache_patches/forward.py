@@ -13,7 +13,7 @@ from aircache_patches.support import decode_kind
 
 def init_attention_backends(result: Any, model_runner: Any) -> None:
     """AFTER ModelRunner.init_attention_backends: pool, request table and backend exist now."""
-    from aircache_sglang.runtime.engine import Compressor
+    from aircache_sglang.engine.compressor import Compressor
 
     _, config = policy_in_force()
     decode = decode_kind(
@@ -24,7 +24,7 @@ def init_attention_backends(result: Any, model_runner: Any) -> None:
 
 def create_attention_graph_variants(original: Callable[..., Any], hf_config: Any) -> Any:
     """AROUND create_attention_graph_variants: uncompressed batches replay SGLang's own graph."""
-    from aircache_sglang.runtime.attention import DecodeGraphVariants
+    from aircache_sglang.engine.backend import DecodeGraphVariants
 
     stock = original(hf_config)
     assert stock is None, "the supported models have no decode graph variants of their own"

@@ -11,7 +11,7 @@ from aircache_patches.refusal import refuse
 
 def get_kv_pool_cls(original: Callable[..., Any], platform: Any, *, kind: str) -> Any:
     """AROUND SRTPlatform.get_kv_pool_cls: our pool for kind "mha"."""
-    from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
+    from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 
     chosen = original(platform, kind=kind)
     if kind != "mha":

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aircache_sglang.runtime.engine import Compressor
+    from aircache_sglang.engine.compressor import Compressor
 
 _compressor: Compressor | None = None
 

@@ -13,7 +13,7 @@ from aircache_patches.refusal import refuse
 
 def handle_cache_compatibility(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Select our radix cache; another one chosen by the operator is refused."""
-    from aircache_sglang.runtime.radix_cache import BACKEND_NAME
+    from aircache_sglang.engine.radix_cache import BACKEND_NAME
 
     previous(server_args)
     chosen = resolving_view(server_args).radix_cache_backend
@@ -32,7 +32,7 @@ def register_radix_cache() -> None:
         register_radix_cache_backend,
     )
 
-    from aircache_sglang.runtime.radix_cache import BACKEND_NAME
+    from aircache_sglang.engine.radix_cache import BACKEND_NAME
 
     if get_radix_cache_factory(BACKEND_NAME) is None:
         register_radix_cache_backend(BACKEND_NAME, _make_radix_cache)
@@ -40,7 +40,7 @@ def register_radix_cache() -> None:
 
 def _make_radix_cache(context: Any) -> Any:
     from aircache_patches import process
-    from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
+    from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.factories import make_qwen2_vl
-from tests.support import Server
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
 
 if TYPE_CHECKING:
-    from tests.support.oracle import Oracle
+    from aircache_sglang.testing.oracle import Oracle
 
 # SGLang stops the server when a slot is lost or owned twice, idle and while requests run.
 STRICT_MEMORY_CHECKS = {
@@ -39,7 +39,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(checkpoint: Path) -> Oracle:
     """The checkpoint in Transformers."""
-    from tests.support.oracle import Oracle  # seconds, which tests without it need not wait
+    from aircache_sglang.testing.oracle import (
+        Oracle,  # seconds, which tests without it need not wait
+    )
 
     return Oracle(checkpoint)
 

@@ -18,8 +18,8 @@ import numpy as np
 import requests
 from PIL import Image
 
-from tests.factories.vocabulary import WORDS
-from tests.support.server import Server, png_data_url
+from aircache_sglang.testing.checkpoints.vocabulary import WORDS
+from aircache_sglang.testing.server import Server, png_data_url
 
 TOKEN_SIDE = 28
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from aircache_sglang.testing import LoadWatch, Server
+from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
 from benchmarks.bench_sharing import wait_for
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import LoadWatch, Server
-from tests.support.prompts import Prompt, picture, user_prompt, words
 
 pytestmark = pytest.mark.server
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import Oracle, assert_agrees
+from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt, words
 from tests.integration.storm import loads
-from tests.support import Server
-from tests.support.oracle import Oracle, assert_agrees
-from tests.support.prompts import Prompt, ask, picture, user_prompt, words
 
 pytestmark = [
     pytest.mark.server,

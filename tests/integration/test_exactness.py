@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from aircache_sglang.platform import has_accelerator
-from tests.support import Server
-from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
-from tests.support.prompts import Prompt, ask, max_logprob_difference, picture, user_prompt, words
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
+from aircache_sglang.testing.prompts import (
+    Prompt,
+    ask,
+    max_logprob_difference,
+    picture,
+    user_prompt,
+    words,
+)
 
 pytestmark = [
     pytest.mark.server,

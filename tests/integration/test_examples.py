@@ -16,8 +16,8 @@ import sglang
 
 from aircache_sglang.frontend import AirCacheEndpoint
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
 from examples.page import invoice
-from tests.support import Server
 
 pytestmark = [
     pytest.mark.server,

@@ -18,12 +18,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from aircache_sglang.platform import has_accelerator
-from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
-from tests.integration.storm import loads, wait_idle
-from tests.support import Server, ServerError
-from tests.support.families import FAMILIES, Family, Part, make_video
-from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
-from tests.support.prompts import (
+from aircache_sglang.testing import Server, ServerError
+from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
+from aircache_sglang.testing.prompts import (
     Prompt,
     ask,
     max_logprob_difference,
@@ -31,6 +28,9 @@ from tests.support.prompts import (
     user_prompt,
     words,
 )
+from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
+from tests.integration.storm import loads, wait_idle
+from tests.support.families import FAMILIES, Family, Part, make_video
 
 pytestmark = [
     pytest.mark.server,

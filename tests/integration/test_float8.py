@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
+from aircache_sglang.testing.prompts import picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import Server
 from tests.support.chats import carried, next_turn, question
-from tests.support.oracle import LOGPROB_TOLERANCE, Oracle
-from tests.support.prompts import picture, user_prompt
 
 pytestmark = [
     pytest.mark.server,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import Server, png_data_url
-from tests.support.prompts import Prompt, ask, picture, user_prompt, words
+from aircache_sglang.testing import Server, png_data_url
+from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt, words
 
 pytestmark = pytest.mark.server
 

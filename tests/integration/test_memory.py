@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import requests
 
+from aircache_sglang.testing import Server
 from tests.integration.conftest import STRICT_MEMORY_CHECKS
 from tests.integration.storm import (
     PICTURE,
@@ -33,7 +34,6 @@ from tests.integration.storm import (
     visual_tokens,
     wait_idle,
 )
-from tests.support import Server
 
 pytestmark = pytest.mark.server
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from aircache_sglang.testing import Server
 from tests.integration.storm import PICTURE, Prompt, visual_tokens
-from tests.support import Server
 
 pytestmark = pytest.mark.server
 

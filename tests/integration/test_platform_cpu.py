@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from aircache_sglang.platform import has_accelerator
-from tests.factories import make_qwen2_vl
-from tests.support import Server
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
 
 pytestmark = [
     pytest.mark.server,

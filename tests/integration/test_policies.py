@@ -13,9 +13,14 @@ from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.policy import policy_names
 from aircache_sglang.runtime.choice import policy_of
-from tests.support import Server, ServerError
-from tests.support.oracle import Oracle, assert_agrees, assert_keeps_the_best, policy_states
-from tests.support.prompts import ask, picture, user_prompt, words
+from aircache_sglang.testing import Server, ServerError
+from aircache_sglang.testing.oracle import (
+    Oracle,
+    assert_agrees,
+    assert_keeps_the_best,
+    policy_states,
+)
+from aircache_sglang.testing.prompts import ask, picture, user_prompt, words
 
 pytestmark = [
     pytest.mark.server,

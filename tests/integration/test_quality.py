@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
 from benchmarks.quality.client import Client
 from benchmarks.quality.datasets import load
 from benchmarks.quality.grid import read
 from benchmarks.quality.report import BEGIN, END, report
 from benchmarks.quality.settings import FULL, PRUNING, Setting
 from benchmarks.records import identity
-from tests.factories.datasets import make_docvqa, make_mmbench, make_mmbench_video
-from tests.support import Server
+from tests.support.datasets import make_docvqa, make_mmbench, make_mmbench_video
 
 pytestmark = [
     pytest.mark.server,

@@ -24,8 +24,10 @@ import torch
 
 from aircache_sglang import cache_view
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
+from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import Server
 from tests.support.chats import (
     RETENTION,
     cached,
@@ -34,8 +36,6 @@ from tests.support.chats import (
     next_turn,
     question,
 )
-from tests.support.oracle import LOGPROB_TOLERANCE, Oracle
-from tests.support.prompts import Prompt, picture, user_prompt, words
 
 pytestmark = [
     pytest.mark.server,

@@ -13,12 +13,12 @@ import pytest
 
 from aircache_sglang import cache_view
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import Oracle
+from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt, words
+from aircache_sglang.testing.server import ServerError
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import Server
 from tests.support.chats import compressed_chat
-from tests.support.oracle import Oracle
-from tests.support.prompts import Prompt, ask, picture, user_prompt, words
-from tests.support.server import ServerError
 
 pytestmark = [
     pytest.mark.server,

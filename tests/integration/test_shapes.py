@@ -13,15 +13,15 @@ import pytest
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.runtime.choice import policy_of
-from tests.support import Server, ServerError, png_data_url
-from tests.support.oracle import (
+from aircache_sglang.testing import Server, ServerError, png_data_url
+from aircache_sglang.testing.oracle import (
     Oracle,
     assert_agrees,
     assert_keeps_the_best,
     assert_policy_agrees,
     policy_states,
 )
-from tests.support.prompts import (
+from aircache_sglang.testing.prompts import (
     Prompt,
     ask,
     max_logprob_difference,

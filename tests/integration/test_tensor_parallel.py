@@ -10,15 +10,15 @@ import torch
 
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.policy import get_policy
-from tests.support import Server
-from tests.support.oracle import (
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import (
     Oracle,
     assert_agrees,
     assert_keeps_the_best,
     assert_policy_agrees,
     policy_states,
 )
-from tests.support.prompts import ask, max_logprob_difference, picture, user_prompt, words
+from aircache_sglang.testing.prompts import ask, max_logprob_difference, picture, user_prompt, words
 
 pytestmark = [
     pytest.mark.server,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
 from benchmarks.records import read
 from benchmarks.throughput import plan
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.capacity import Load, trial
-from tests.support import Server
 
 pytestmark = [
     pytest.mark.server,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from aircache_sglang.platform import has_accelerator
+from aircache_sglang.testing import Server
+from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
+from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support import Server
 from tests.support.chats import compressed_chat
-from tests.support.oracle import Oracle, assert_agrees, assert_policy_agrees
-from tests.support.prompts import ask, picture, user_prompt
 
 pytestmark = [
     pytest.mark.server,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.oracle import LOGPROB_TOLERANCE, Oracle
-from tests.support.prompts import Prompt, ask, words
-from tests.support.server import Server
+from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
+from aircache_sglang.testing.prompts import Prompt, ask, words
+from aircache_sglang.testing.server import Server
 
 NEW_TOKENS = 6
 RETENTION = 0.3

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_cu_seqlens
 
-from tests.factories import (
+from aircache_sglang.testing.checkpoints import (
     make_internvl_chat,
     make_internvl_hf,
     make_llava_next_video,
@@ -25,9 +25,9 @@ from tests.factories import (
     make_qwen3_vl,
     make_qwen3_vl_moe,
 )
-from tests.factories.internvl_chat import PATCH, TILE
-from tests.support.oracle import Oracle
-from tests.support.prompts import Prompt
+from aircache_sglang.testing.checkpoints.internvl_chat import PATCH, TILE
+from aircache_sglang.testing.oracle import Oracle
+from aircache_sglang.testing.prompts import Prompt
 
 FRAMES_PER_SECOND = 2
 

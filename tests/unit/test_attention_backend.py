@@ -16,7 +16,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import (
     get_capture_attention_variant,
 )
 
-from aircache_sglang.runtime.attention import (
+from aircache_sglang.engine.backend import (
     COMPRESSED,
     PLAIN,
     AttentionState,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from aircache_sglang.cache_view import draw
-from aircache_sglang.runtime.metrics import LABELS, Metrics
-from aircache_sglang.runtime.tree import Kind
+from aircache_sglang.engine.metrics import LABELS, Metrics
+from aircache_sglang.engine.tree import Kind
 
 
 def node(depth: int, kind: str, tokens: int, **fields: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class World:
         self.k_all[:, 0] = self.v_all[:, 0] = 1e4
         self.free = torch.randperm(total, generator=g) + 1
         self.req_to_token = torch.zeros((len(asks) + 2, 64), dtype=torch.int32)
-        self.table = CompressionTable(len(asks) + 2, n_layers, "cpu")
+        self.table = CompressionTable(self.req_to_token, n_layers)
         self.records: dict[int, CompressionRecord] = {}
         self.rows_of = [int(row) + 1 for row in torch.randperm(len(asks) + 1, generator=g)]
         self.rows_of = self.rows_of[: len(asks)]
@@ -149,7 +149,7 @@ class World:
             rows=self.rows,
             start_layer=5,
         )
-        self.decoder = TorchDecoder(pool, self.table, self.req_to_token)  # type: ignore[arg-type]
+        self.decoder = TorchDecoder(pool, self.table)  # type: ignore[arg-type]
         batch = SimpleNamespace(
             req_pool_indices=torch.tensor(self.rows_of),
             seq_lens=torch.tensor(self.seq_lens),

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from tests.factories import make_qwen2_vl
-from tests.factories.vocabulary import WORDS
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
+from aircache_sglang.testing.checkpoints.vocabulary import WORDS
 
 QUESTION = "what is in the picture and which color has it?"
 

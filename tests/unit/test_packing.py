@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import Policy, States, importance_batched
 from aircache_sglang.runtime import compress
-from aircache_sglang.runtime.compress import Cells, Job, TorchPass, layer_blocks
+from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass, layer_blocks
 from aircache_sglang.runtime.decode import layer_cell_rows
 from aircache_sglang.runtime.packing import absolute_rows, cell_address, cells_of, pack
 from aircache_sglang.runtime.record import CompressionRecord, Intent
@@ -184,13 +184,13 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     intent = Intent(config, prompt, m)
     assert (prompt.n_between, intent.n_extra) == (3, m + n_copies)
     record = CompressionRecord(intent, 2, slots[: prompt.end].clone(), extra)
-    table = CompressionTable(4, n_layers, "cpu")
+    table = CompressionTable(req_to_token, n_layers)
     budgets = torch.tensor([1, 6, 2])
     order = torch.rand((n_layers, n_heads, 10), generator=g).argsort(-1)
     policy = FixedPolicy(order, budgets)
     q = torch.randn((n_layers, 3, 4, dim), generator=g)
     monkeypatch.setattr(compress, "policy_of", lambda config: policy)
-    TorchPass(Cells(k_all, v_all, req_to_token, table, OneRank(), 0.5))([Job(record, q)])
+    TorchPass(PassInputs(k_all, v_all, table, OneRank(), 0.5))([Job(record, q)])
     assert torch.equal(policy.seen.q_text, q) and policy.seen.scale == 0.5
     assert torch.equal(policy.seen.k_text, k_before[:, slots[15:18]])
     k_visual = k_before[:, slots[prompt.visual_positions()]]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aircache_patches import ledger
-from tests.factories import make_qwen2_vl
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"

@@ -45,19 +45,19 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine.backend import AttentionState
+from aircache_sglang.engine.compressor import Compressor
+from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
+from aircache_sglang.engine.metrics import Metrics
+from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+from aircache_sglang.engine.tree import Kind, Node
 from aircache_sglang.runtime import spans as spans_module
-from aircache_sglang.runtime.attention import AttentionState
-from aircache_sglang.runtime.compress import Cells, TorchPass
+from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
-from aircache_sglang.runtime.engine import Compressor
 from aircache_sglang.runtime.extend import TorchExtender
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
-from aircache_sglang.runtime.metrics import Metrics
-from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
 from aircache_sglang.runtime.record import Intent, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
-from aircache_sglang.runtime.tree import Kind, Node
 from tests.support.spans import between_positions
 
 LAYERS, KV_HEADS, Q_HEADS, DIM = 2, 1, 2, 2
@@ -143,20 +143,19 @@ class World:
         compressor.pool = self.pool
         compressor.req_to_token = self.rows.req_to_token
         compressor.records, compressor.surplus = {}, {}
-        compressor.table = CompressionTable(rows + 1, LAYERS, "cpu")
+        compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
         one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
         compressor.metrics = Metrics(None)
-        cells = Cells(
+        cells = PassInputs(
             self.pool.k_all,
             self.pool.v_all,
-            self.rows.req_to_token,
             compressor.table,
             one_rank,  # type: ignore[arg-type]
             1.0,
         )
         compressor.compress = TorchPass(cells)
-        decoder = TorchDecoder(self.pool, compressor.table, self.rows.req_to_token)
-        extender = TorchExtender(self.pool, self.rows.req_to_token)
+        decoder = TorchDecoder(self.pool, compressor.table)
+        extender = TorchExtender(self.pool, compressor.table)
         compressor.attention = AttentionState(self.pool, decoder, extender, lambda: None)
         self.compressor = compressor
         self.tree = AirCacheRadixCache(

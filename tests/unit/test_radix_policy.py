@@ -32,12 +32,13 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+from aircache_sglang.engine.tree import Kind
 from aircache_sglang.runtime import spans
-from aircache_sglang.runtime.compress import Cells
-from aircache_sglang.runtime.radix_cache import AirCacheRadixCache
+from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
-from aircache_sglang.runtime.tree import Kind
+from aircache_sglang.runtime.table import CompressionTable
 from tests.support.spans import between_positions
 
 POOL = 60
@@ -125,9 +126,9 @@ class World:
     def __init__(self, *, disable: bool = False) -> None:
         self.rows = Rows()
         kv = torch.zeros(2, POOL + 1, 1, 1)
-        table: Any = None  # the tree does not read it
+        table = CompressionTable(self.rows.req_to_token, 1)
         heads: Any = SimpleNamespace(gather_heads=lambda selected: selected)
-        self.cells = Cells(kv, kv, self.rows.req_to_token, table, heads, 1.0)
+        self.cells = PassInputs(kv, kv, table, heads, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
         self.surplus: dict[int, torch.Tensor] = {}

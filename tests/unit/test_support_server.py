@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.support import Server, ServerError, png_data_url
+from aircache_sglang.testing import Server, ServerError, png_data_url
 
 FAKE = """
 import http.server, os, subprocess, sys, time

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from aircache_sglang.testing.prompts import Prompt, user_prompt
 from benchmarks.bench_sharing import PICTURE_SIDE, Workload, goals, replace
 from benchmarks.records import Row, read
-from tests.support.prompts import Prompt, user_prompt
 
 
 def row(cache: str, part: str, reuse: str | None = None, **figures: int) -> Row:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from aircache_sglang.testing import Server, ServerError
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from benchmarks.records import Results, read
 from benchmarks.throughput import run
 from benchmarks.throughput.__main__ import default_file, main, parser
@@ -30,8 +32,6 @@ from benchmarks.throughput.plan import (
     pool_tokens,
 )
 from benchmarks.throughput.report import fill_in, report, tables
-from tests.factories import make_qwen2_vl
-from tests.support import Server, ServerError
 
 SMALL, TABLE3 = PRESETS["cpu-small"], PRESETS["table3"]
 

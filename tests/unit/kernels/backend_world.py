@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine.backend import AttentionState, DecodeGraphVariants, adopt
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.attention import AttentionState, DecodeGraphVariants, adopt
-from aircache_sglang.runtime.compress import Cells, Job
+from aircache_sglang.runtime.compress import Job, PassInputs
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
@@ -165,12 +165,12 @@ class World:
         self.pool = Pool(n_slots + 1, self.kv_dtype, device)
         n_rows, context = len(prompts) + 1, max(lengths) + new_tokens
         self.req_to_token = torch.zeros(n_rows, context, dtype=torch.int32, device=device)
-        self.table = CompressionTable(n_rows, L, device)
+        self.table = CompressionTable(self.req_to_token, L)
         self.capturing: str | None = None
         self.state = AttentionState(
             self.pool,
-            KernelDecoder(self.pool, self.table, self.req_to_token),
-            KernelExtender(self.pool, self.table, self.req_to_token),
+            KernelDecoder(self.pool, self.table),
+            KernelExtender(self.pool, self.table),
             lambda: self.capturing,
         )
         self.backend: Any = Stock(self.pool, self.req_to_token)
@@ -243,9 +243,7 @@ class World:
 
     def compress(self, jobs: Sequence[tuple[Request, QueryStash]]) -> None:
         scale = self.layers[0].scaling
-        cells = Cells(
-            self.pool.k_all, self.pool.v_all, self.req_to_token, self.table, OneRank(), scale
-        )
+        cells = PassInputs(self.pool.k_all, self.pool.v_all, self.table, OneRank(), scale)
         work = []
         for request, stash in jobs:
             prompt = request.prompt

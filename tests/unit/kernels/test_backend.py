@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aircache_sglang.runtime.attention import COMPRESSED, PLAIN
+from aircache_sglang.engine.backend import COMPRESSED, PLAIN
 from tests.unit.kernels.backend_world import World
 from tests.unit.kernels.test_engine_twins import PROMPTS
 

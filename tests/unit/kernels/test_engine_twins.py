@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
-from aircache_sglang.runtime.compress import Cells, Job, TorchPass
+from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
@@ -46,7 +46,7 @@ class OneRank:
 class Side:
     """One copy of pool, table and requests, to be worked on by one implementation."""
 
-    cells: Cells
+    cells: PassInputs
     jobs: list[Job]
 
     @property
@@ -86,8 +86,8 @@ def build(
         taken += n
         return slots[taken - n : taken]
 
-    table = CompressionTable(8, n_layers, device)
-    cells = Cells(k_all, v_all, req_to_token, table, OneRank(), D**-0.5)
+    table = CompressionTable(req_to_token, n_layers)
+    cells = PassInputs(k_all, v_all, table, OneRank(), D**-0.5)
     jobs = []
     for row, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True), start=1):
         intent = Intent(config, prompt, max(1, round(config.retention * prompt.n_visual)))
@@ -138,7 +138,7 @@ def test_passes_agree(
     for name in ("gap_start", "gap_len", "cell_offset"):
         ours_, theirs_ = (getattr(s.cells.table, name) for s in (torch_side, kernel_side))
         assert torch.equal(ours_, theirs_), name
-    assert torch.equal(torch_side.cells.req_to_token, kernel_side.cells.req_to_token)
+    assert torch.equal(torch_side.cells.table.req_to_token, kernel_side.cells.table.req_to_token)
 
 
 class Work(TorchDispatchMode):
@@ -245,7 +245,7 @@ def test_decoders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     outputs = []
     for side, kind in zip(sides, (TorchDecoder, KernelDecoder), strict=True):
         records = {job.record.row: job.record for job in side.jobs}
-        decoder = kind(side.pool, side.cells.table, side.cells.req_to_token)
+        decoder = kind(side.pool, side.cells.table)
         decoder.plan(batch, [records.get(row) for row in rows.tolist()])
         layers = [
             SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0) for layer in range(L)
@@ -270,9 +270,9 @@ def test_extenders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
             end = record.intent.prompt.length + 2
             jobs.append(ExtendJob(record, end - n, end, source))
         extender = (
-            TorchExtender(side.pool, side.cells.req_to_token)
+            TorchExtender(side.pool, side.cells.table)
             if side is sides[0]
-            else KernelExtender(side.pool, side.cells.table, side.cells.req_to_token)
+            else KernelExtender(side.pool, side.cells.table)
         )
         extender.plan(jobs)
         out = torch.full((L, *q.shape), 7.0, device=device)

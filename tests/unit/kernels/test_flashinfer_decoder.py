@@ -82,7 +82,6 @@ def decoder_of(side: Side) -> FlashInferDecoder:
     return FlashInferDecoder(
         side.pool,
         side.cells.table,
-        side.cells.req_to_token,
         n_q=H_Q,
         q_dtype=torch.float32,
         scale=D**-0.5,
@@ -95,7 +94,7 @@ def test_it_agrees_with_the_kernel_step_by_step() -> None:
     KernelPass(side.cells)(side.jobs)
     records = {job.record.row: job.record for job in side.jobs}
     ours = decoder_of(side)
-    kernel = KernelDecoder(side.pool, side.cells.table, side.cells.req_to_token)
+    kernel = KernelDecoder(side.pool, side.cells.table)
     lengths = {row: prompt.length + 1 for row, prompt in enumerate(PROMPTS, start=1)} | {4: 49}
     g = torch.Generator().manual_seed(1)
     for step, rows in enumerate(([3], [3, 4, 1, 2], [4], [2, 1])):

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.documents.questions import KINDS
 from benchmarks.quality import datasets
 from benchmarks.quality.layouts import LAYOUTS
-from tests.factories import datasets as made
+from tests.support import datasets as made
 
 MAKE = {name: getattr(made, "make_" + name.replace("-", "_")) for name in LAYOUTS}
 EXPECTED = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from aircache_sglang.testing import png_data_url
+from aircache_sglang.testing.checkpoints import make_qwen2_vl
+from aircache_sglang.testing.prompts import picture
 from benchmarks.quality.datasets import Sample
 from benchmarks.quality.pruning import Pruner
 from benchmarks.quality.settings import PRUNING, Setting
-from tests.factories import make_qwen2_vl
-from tests.support import png_data_url
-from tests.support.prompts import picture
 
 SAMPLE = Sample(
     *("ours", "value", "1", "what is in the pictures?", ("a",), "exact_match"),

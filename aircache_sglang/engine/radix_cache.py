@@ -18,14 +18,14 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
-from aircache_sglang.runtime.tree import Node, Observer, Published, SpanTree
 
 BACKEND_NAME = "aircache"
 
 
 class Requests(Protocol):
-    """What the tree asks about requests (runtime/engine.py)."""
+    """What the tree asks about requests (engine/compressor.py)."""
 
     records: dict[int, CompressionRecord]
     # Slots by row that were reserved and turned out not to be needed.

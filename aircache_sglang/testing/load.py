@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from tests.support.server import Client
+from aircache_sglang.testing.server import Client
 
 
 class LoadWatch:

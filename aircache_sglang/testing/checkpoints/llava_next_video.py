@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-from tests.factories.checkpoint import Words, save_model, write_json
-from tests.factories.llava_onevision import PIXELS
+from aircache_sglang.testing.checkpoints.checkpoint import Words, save_model, write_json
+from aircache_sglang.testing.checkpoints.llava_onevision import PIXELS
 
 PROCESSOR = {"processor_class": "LlavaNextVideoProcessor"}
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from tests.factories.checkpoint import Words, fill, write_json
-from tests.factories.internvl_hf import TOKENS, vision_config
+from aircache_sglang.testing.checkpoints.checkpoint import Words, fill, write_json
+from aircache_sglang.testing.checkpoints.internvl_hf import TOKENS, vision_config
 
 # SGLang cuts pictures into tiles of 448 pixels, whatever the config says
 # (multimodal/processors/internvl.py, dynamic_preprocess).

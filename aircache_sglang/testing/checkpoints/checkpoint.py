@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from tests.factories.vocabulary import WORDS, build_tokenizer
+from aircache_sglang.testing.checkpoints.vocabulary import WORDS, build_tokenizer
 
 MAX_POSITIONS = 32_768
 CHATML = """\

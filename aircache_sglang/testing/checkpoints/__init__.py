@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from tests.factories.qwen2_vl import make_qwen2_vl
+from aircache_sglang.testing.checkpoints.qwen2_vl import make_qwen2_vl
 
 __all__ = [
     "make_internvl_chat",

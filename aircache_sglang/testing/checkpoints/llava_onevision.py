@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tests.factories.checkpoint import Words, save_model, write_json
+from aircache_sglang.testing.checkpoints.checkpoint import Words, save_model, write_json
 
 PIXELS = {
     "do_convert_rgb": True,

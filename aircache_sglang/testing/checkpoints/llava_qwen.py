@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from tests.factories.checkpoint import Words, edit_json, fill, write_json
-from tests.factories.llava_onevision import PIXELS, siglip_config
+from aircache_sglang.testing.checkpoints.checkpoint import Words, edit_json, fill, write_json
+from aircache_sglang.testing.checkpoints.llava_onevision import PIXELS, siglip_config
 
 # The order matters: the projector's new name would match no other.
 _RENAMED = (

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.factories.checkpoint import write_json
-from tests.factories.vocabulary import SPECIAL_TOKENS, WORDS, build_tokenizer
+from aircache_sglang.testing.checkpoints.checkpoint import write_json
+from aircache_sglang.testing.checkpoints.vocabulary import SPECIAL_TOKENS, WORDS, build_tokenizer
 
 PATCH = 14
 MERGE = 2

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.factories.qwen2_vl import PIXELS_PER_TOKEN
-from tests.factories.vocabulary import WORDS
-from tests.support.server import Server
+from aircache_sglang.testing.checkpoints.qwen2_vl import PIXELS_PER_TOKEN
+from aircache_sglang.testing.checkpoints.vocabulary import WORDS
+from aircache_sglang.testing.server import Server
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 

@@ -14,7 +14,12 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from tests.factories.checkpoint import Words, edit_json, save_model, write_qwen_processor
+from aircache_sglang.testing.checkpoints.checkpoint import (
+    Words,
+    edit_json,
+    save_model,
+    write_qwen_processor,
+)
 
 PATCH, MERGE = 16, 2
 # A head of 16 has 8 rotary frequencies to share between time, height and width.

@@ -18,17 +18,17 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import MASS_LADDER, AirCacheConfig
+from aircache_sglang.engine.backend import AttentionState, Decoder, Extender, adopt
+from aircache_sglang.engine.heads import TensorParallelHeads
+from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
+from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.attention import AttentionState, Decoder, Extender, adopt
 from aircache_sglang.runtime.attention_sum import AttentionSum, SumWork
 from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.compress import Cells, CompressionPass, Job, TorchPass
+from aircache_sglang.runtime.compress import CompressionPass, Job, PassInputs, TorchPass
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.gate import pays_off
-from aircache_sglang.runtime.heads import TensorParallelHeads
-from aircache_sglang.runtime.kv_pool import LayerContiguousKVPool
-from aircache_sglang.runtime.metrics import Metrics
 from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
 from aircache_sglang.runtime.spans import bare_spans, read_prompt
 from aircache_sglang.runtime.stash import BatchStash, QueryStash
@@ -93,9 +93,7 @@ class Compressor:
         # Slots by row that were reserved for columns and are not needed, until the tree frees them.
         self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
-        self.table = CompressionTable(
-            self.req_to_token.shape[0], pool.layer_num, self.req_to_token.device
-        )
+        self.table = CompressionTable(self.req_to_token, pool.layer_num)
         heads = TensorParallelHeads(
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
@@ -103,14 +101,14 @@ class Compressor:
         self.metrics = Metrics.create(config.policy)
         layers = attention_layers(model)
         scale = attention_scale(layers)
-        cells = Cells(pool.k_all, pool.v_all, self.req_to_token, self.table, heads, scale)
+        cells = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self.compress: CompressionPass
         decoder: Decoder
         extender: Extender
         if decode == "torch":
             self.compress = TorchPass(cells)
-            decoder = TorchDecoder(pool, self.table, self.req_to_token)
-            extender = TorchExtender(pool, self.req_to_token)
+            decoder = TorchDecoder(pool, self.table)
+            extender = TorchExtender(pool, self.table)
         else:
             # Imported here: a CPU server needs no Triton, and most need no FlashInfer.
             from aircache_sglang.runtime.flashinfer_decode import FlashInferDecoder
@@ -120,17 +118,16 @@ class Compressor:
 
             self.compress = KernelPass(cells)
             if decode == "triton":
-                decoder = KernelDecoder(pool, self.table, self.req_to_token)
+                decoder = KernelDecoder(pool, self.table)
             else:
                 decoder = FlashInferDecoder(
                     pool,
                     self.table,
-                    self.req_to_token,
                     n_q=layers[0].tp_q_head_num,
                     q_dtype=model_runner.dtype,
                     scale=scale,
                 )
-            extender = KernelExtender(pool, self.table, self.req_to_token)
+            extender = KernelExtender(pool, self.table)
         self.attention = AttentionState(pool, decoder, extender, get_capture_attention_variant)
         adopt(model_runner.attn_backend, self.attention)
 

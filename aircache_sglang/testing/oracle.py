@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoProcessor, Qwen2VLForConditiona
 
 from aircache_sglang import policy
 from aircache_sglang.config import INSTRUCTION_LIMIT
-from tests.support.prompts import Prompt
+from aircache_sglang.testing.prompts import Prompt
 
 # Seen: 2e-5, compressed or not; 0.9 with one wrong cell in each layer and head.
 LOGPROB_TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from typing import Any
 
 from aircache_sglang.runtime.record import CompressionRecord
 
-# What an eviction takes: `Node.label` of runtime/tree.py.
+# What an eviction takes: `Node.label` of engine/tree.py.
 LABELS = ("visual", "packed", "lossy", "generated", "prompt")
 
 

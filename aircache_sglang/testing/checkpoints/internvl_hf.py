@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from tests.factories.checkpoint import Words, save_model, write_json
+from aircache_sglang.testing.checkpoints.checkpoint import Words, save_model, write_json
 
 TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 PIXELS = {

@@ -42,7 +42,7 @@ class Extender(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class AttentionState:
-    """What the backend shares with the compressor (runtime/engine.py), which sets it a forward.
+    """What the backend shares with the compressor (engine/compressor.py), which sets it a forward.
 
     capture_variant: the label of the CUDA graph that is being captured, None outside a capture
         (model_executor/runner_utils/capture_mode.py, get_capture_attention_variant).

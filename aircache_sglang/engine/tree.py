@@ -55,7 +55,7 @@ class Kind(enum.Enum):
 
 
 class Observer(Protocol):
-    """Counts what happens in the tree (runtime/metrics.py)."""
+    """Counts what happens in the tree (engine/metrics.py)."""
 
     def evicted(self, kind: str, slots: int) -> None:
         """A node of this kind has lost its slots."""

@@ -8,7 +8,12 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tests.factories.checkpoint import Words, edit_json, save_model, write_qwen_processor
+from aircache_sglang.testing.checkpoints.checkpoint import (
+    Words,
+    edit_json,
+    save_model,
+    write_qwen_processor,
+)
 
 PATCH, MERGE = 14, 2
 

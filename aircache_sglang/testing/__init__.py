@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server, tiny checkpoints and the Transformers oracle: for tests, demo and benchmarks."""
+
+from __future__ import annotations
+
+from aircache_sglang.testing.load import LoadWatch
+from aircache_sglang.testing.server import Client, Server, ServerError, png_data_url
+
+__all__ = ["Client", "LoadWatch", "Server", "ServerError", "png_data_url"]
