@@ -12,7 +12,8 @@ from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.heads import TensorParallelHeads
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
-from aircache_sglang.runtime.record import CompressionRecord, Intent
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
 from benchmarks.decode_attention import N_HEAD, SHAPES, Shape, seconds

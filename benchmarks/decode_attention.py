@@ -21,9 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, compressing
 from aircache_sglang.policy import columns
+from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.packing import absolute_rows
-from aircache_sglang.runtime.record import CompressionRecord, Intent
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
 from benchmarks.records import Results, Row

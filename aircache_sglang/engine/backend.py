@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,51 +41,76 @@ class Extender(Protocol):
         """Overwrite the rows of the jobs in one layer's output; q, out: [tokens, H_q, D]."""
 
 
-@dataclasses.dataclass(slots=True)
-class AttentionState:
-    """What the backend shares with the compressor (engine/compressor.py), which sets it a forward.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward does besides SGLang's own.
 
-    capture_variant: the label of the CUDA graph that is being captured, None outside a capture
-        (model_executor/runner_utils/capture_mode.py, get_capture_attention_variant).
+    records: of a decode step's rows, None for the uncompressed; empty if all are.
+    queries: what keeps queries of a prefill, if it keeps any.
+    sums: queries whose attention to the picture is added up.
+    extends: the requests of a prefill that extend a replica.
     """
 
-    pool: KVPlanes
-    decoder: Decoder
-    extender: Extender
-    capture_variant: Callable[[], str | None]
-    # What keeps queries while this forward runs; None where it keeps none.
-    queries: BatchStash | None = None
-    # The queries whose attention to the picture is added up while this forward runs.
-    sum_work: Sequence[SumWork] = ()
-    # Of this forward's rows, None for the uncompressed; empty if all are.
     records: Sequence[CompressionRecord | None] = ()
-    # The requests of this prefill that extend a replica.
+    queries: BatchStash | None = None
+    sums: Sequence[SumWork] = ()
     extends: Sequence[ExtendJob] = ()
 
+
+class AttentionState:
+    """What the backend shares with the compressor: the work of the forward that runs."""
+
+    def __init__(
+        self,
+        pool: KVPlanes,
+        decoder: Decoder,
+        extender: Extender,
+        capture_variant: Callable[[], str | None],
+    ) -> None:
+        """capture_variant: the label of the CUDA graph that is being captured, None outside a
+        capture (model_executor/runner_utils/capture_mode.py, get_capture_attention_variant).
+        """
+        self.pool, self.decoder, self.extender = pool, decoder, extender
+        self._capture_variant = capture_variant
+        self.work = Work()
+
+    @contextlib.contextmanager
+    def during(self, work: Work) -> Iterator[None]:
+        """Do `work` in the forward that runs inside."""
+        self.work = work
+        try:
+            if work.extends:
+                self.extender.plan(work.extends)
+            yield
+        finally:
+            self.work = Work()
+
     def stash(self, q: torch.Tensor, layer: Any) -> None:
-        """Keep the queries that `queries` names; q: [tokens, H_q * D], after RoPE."""
-        assert self.queries is not None, "this forward keeps no queries"
-        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        self.queries.write(layer.layer_id - self.pool.start_layer, heads)
+        """Keep the queries that the work names; q: [tokens, H_q * D], after RoPE."""
+        if self.work.queries is not None:
+            heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            self.work.queries.write(layer.layer_id - self.pool.start_layer, heads)
 
     def sum(self, q: torch.Tensor, layer: Any) -> None:
         """Add up attention, once this layer's keys are in the pool; q: [tokens, H_q * D]."""
-        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        index = layer.layer_id - self.pool.start_layer
-        for work in self.sum_work:
-            keys = self.pool.k_all[index].index_select(0, work.slots)
-            work.total.add(index, heads[work.source], keys, work.first, layer.scaling)
+        if self.work.sums:
+            heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            index = layer.layer_id - self.pool.start_layer
+            for part in self.work.sums:
+                keys = self.pool.k_all[index].index_select(0, part.slots)
+                part.total.add(index, heads[part.source], keys, part.first, layer.scaling)
 
     def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
-        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        self.extender.attend(heads, results, layer)
+        if self.work.extends:
+            heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
+            self.extender.attend(heads, results, layer)
 
     def decodes(self) -> bool:
         """Whether this decode step, or the graph that is being captured, has packed cells."""
-        variant = self.capture_variant()
-        return bool(self.records) if variant is None else variant == COMPRESSED
+        variant = self._capture_variant()
+        return bool(self.work.records) if variant is None else variant == COMPRESSED
 
     def decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
@@ -108,7 +134,7 @@ class DecodeGraphVariants:
 
     def select(self, forward_batch: Any) -> str:
         """From host knowledge alone, so that a replay waits for nothing."""
-        return COMPRESSED if self._state.records else PLAIN
+        return COMPRESSED if self._state.work.records else PLAIN
 
 
 @functools.cache
@@ -125,8 +151,8 @@ def compressing(stock: type) -> type:
         def init_forward_metadata(self, forward_batch: Any) -> None:
             """Eager; the stock decode, and so its plan, is not needed beside ours."""
             state = self.aircache
-            if forward_batch.forward_mode.is_decode() and state.records:
-                state.decoder.plan(forward_batch, state.records)
+            if forward_batch.forward_mode.is_decode() and state.work.records:
+                state.decoder.plan(forward_batch, state.work.records)
             else:
                 super().init_forward_metadata(forward_batch)
 
@@ -153,25 +179,24 @@ def compressing(stock: type) -> type:
             **kwargs: Any,
         ) -> Any:
             state = self.aircache
-            if forward_batch.forward_mode.is_decode():
-                if state.decodes():
-                    return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
-            elif state.queries is not None:
+            decodes = forward_batch.forward_mode.is_decode()
+            if decodes and state.decodes():
+                return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
+            if not decodes:
                 state.stash(q, layer)
             out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
-            if state.sum_work:
+            if not decodes:
                 state.sum(q, layer)
-            if state.extends:
                 state.extend(q, out, layer)
             return out
 
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            state = self.aircache
-            eager = bool(state.queries or state.sum_work or state.extends)
+            work = self.aircache.work
+            eager = bool(work.queries or work.sums or work.extends)
             return not eager and (stock_rule is None or stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> Any:

@@ -24,17 +24,17 @@ class LayerContiguousKVPool(KVPlanes, MHATokenToKVPool):
     def _create_buffers_normal(self) -> None:
         if self.use_hnd or self.kv_cache_layout != "nhd":
             raise ValueError(
-                "--kv-policy aircache needs the token-major KV layout, "
+                "--kv-policy needs the token-major KV layout, "
                 f"got {self.kv_cache_layout!r}; drop the flag that selects it"
             )
         if self.head_dim != self.v_head_dim:
             raise ValueError(
-                "--kv-policy aircache needs keys and values of one head size, "
+                "--kv-policy needs keys and values of one head size, "
                 f"got {self.head_dim} and {self.v_head_dim}"
             )
         if self.dtype not in _DTYPES:
             raise ValueError(
-                "--kv-policy aircache holds KV of 16 or 32 bits, or float8_e4m3fn, "
+                "--kv-policy holds KV of 16 or 32 bits, or float8_e4m3fn, "
                 f"got {self.dtype}; set --kv-cache-dtype bf16"
             )
         shape = (self.layer_num, self.size + self.page_size, self.head_num, self.head_dim)

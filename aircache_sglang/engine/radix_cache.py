@@ -18,8 +18,11 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from aircache_sglang.engine.request import bare_spans_of
 from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree
-from aircache_sglang.runtime.record import CompressionRecord, Intent, Replica, Stage
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.record import CompressionRecord, Stage
+from aircache_sglang.runtime.row import gap_end
 
 BACKEND_NAME = "aircache"
 
@@ -33,9 +36,6 @@ class Requests(Protocol):
 
     def intent(self, req: Any) -> Intent | None:
         """How the request will be, or was, compressed; None for the others."""
-
-    def bare_spans(self, req: Any) -> list[tuple[int, list[int]]]:
-        """Placeholders that a key needs in place of the prompt's own tokens, by position."""
 
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The visual slots of a compressed request have been given back."""
@@ -91,7 +91,6 @@ class AirCacheRadixCache(SpanTree):
                 self._publish_replica(req, record)
             else:
                 self._publish_prompt(req, record)
-            record.stage = Stage.RELEASED
             self.requests.released(req, record)
         if self.disable:
             return
@@ -103,8 +102,7 @@ class AirCacheRadixCache(SpanTree):
             intent = self.requests.intent(req)
             if intent is not None:
                 # A chunk of a prefill that will be compressed.
-                last = intent.prompt.end if intent.reuses else intent.prompt.length
-                up_to = min(up_to, last)
+                up_to = min(up_to, intent.published)
             self._publish(req, up_to)
 
     def _free_surplus(self, req: Any) -> None:
@@ -154,11 +152,11 @@ class AirCacheRadixCache(SpanTree):
         start = min(kv.cache_protected_len, prompt.start)
         self._repoint(kv, path, [(start, prompt.start)])
         # Behind the gap stand the text between pictures, in order, and the instruction.
-        between = prompt.between_of(path)
-        row = torch.cat([between, path[prompt.end :]]).to(torch.int32)
+        behind = torch.cat([prompt.between_of(path), path[prompt.end :]]).to(torch.int32)
         self.req_to_token_pool.write(
-            (kv.req_pool_idx, slice(prompt.end - prompt.n_between, prompt.length)), row
+            (kv.req_pool_idx, slice(gap_end(prompt), prompt.length)), behind
         )
+        record.release()
         held = self.root_node if prompt.is_unified else node
         self._hold(req, held, prompt.length, text_only=True)
 
@@ -174,21 +172,13 @@ class AirCacheRadixCache(SpanTree):
         start = min(kv.cache_protected_len, prompt.start)
         self._repoint(kv, self.path_device_indices(head), [(start, prompt.start)])
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        assert record.budgets is not None, "a replica of a request whose pass has not run"
-        replica = Replica(
-            record.intent.config.variant(),
-            record.intent,
-            torch.cat([record.extra, row[prompt.end : prompt.length].to(torch.int64)]),
-            record.budgets,
-            record.mass,
-            record.selected,
-        )
+        replica = record.replica(row[prompt.end : prompt.length].to(torch.int64))
         node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
         if node is None:
-            record.released = prompt.end - prompt.start
+            record.release(freed=prompt.end - prompt.start)
             self._hold(req, head, prompt.start, text_only=False)
         else:
-            record.shared = True
+            record.release(shared=True)
             self.mark_spare(exact, node)
             self._hold(req, node, prompt.length, text_only=False)
 
@@ -198,7 +188,7 @@ class AirCacheRadixCache(SpanTree):
         originals = record.originals
         freed = originals[prompt.start :] if record.intent.n_copies else prompt.visual_of(originals)
         self.token_to_kv_pool_allocator.free(freed)
-        record.released = len(freed)
+        record.release(freed=len(freed))
 
     def _prompt_slots(self, req: Any, record: CompressionRecord, length: int) -> torch.Tensor:
         """The slots of the first tokens of a packed request's prompt, int64 [length]."""
@@ -212,7 +202,7 @@ class AirCacheRadixCache(SpanTree):
 
     def _padded(self, req: Any, key: RadixKey) -> RadixKey:
         """A key in which the tokens of every picture are its own."""
-        spans = self.requests.bare_spans(req)
+        spans = bare_spans_of(req)
         if not spans:
             return key
         ids = key.token_ids[:]

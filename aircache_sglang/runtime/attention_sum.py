@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from aircache_sglang.policy import accumulate
+from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.transfer import to_device
 
 
@@ -23,22 +24,16 @@ class AttentionSum:
         self._filled_to, self._length, self._visual = start, length, visual
         self._layers: dict[int, torch.Tensor] = {}
 
-    def claim(
-        self, extend_start: int, extend_end: int, first_row: int, row: torch.Tensor
-    ) -> SumWork | None:
+    def claim(self, chunk: Chunk, row: torch.Tensor) -> SumWork | None:
         """Queries of this forward to look at; None where the chunk holds none.
 
-        extend_start, extend_end: positions computed now; first_row: their first row in the batch;
         row: the request's entries in `req_to_token`.
         """
-        lo, hi = max(self._filled_to, extend_start), min(self._length, extend_end)
-        if lo >= hi:
+        part = chunk.within(self._filled_to, self._length)
+        if part is None:
             return None
-        # A gap means that visual tokens were matched in the tree; their queries are lost.
-        assert lo == self._filled_to, f"queries skip from {self._filled_to} to {lo}"
-        self._filled_to = hi
-        source = slice(first_row + lo - extend_start, first_row + hi - extend_start)
-        return SumWork(self, source, lo, row[:hi].long())
+        self._filled_to = part.end
+        return SumWork(self, part.rows, part.start, row[: part.end].long())
 
     def add(self, layer: int, q: torch.Tensor, k: torch.Tensor, first: int, scale: float) -> None:
         """q: [n, H_q, D] of the positions from `first` on; k: [T, H_kv, D] of all positions."""
@@ -50,10 +45,10 @@ class AttentionSum:
             self._layers[layer] = total
         accumulate(total, q, k, first, self._visual, scale)
 
-    def stacked(self, n_layers: int) -> torch.Tensor:
+    def stacked(self) -> torch.Tensor:
         """float32 [L, H_kv, N_v]."""
         assert self._filled_to == self._length, f"sums end at {self._filled_to}"
-        return torch.stack([self._layers[layer] for layer in range(n_layers)])
+        return torch.stack([self._layers[layer] for layer in sorted(self._layers)])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

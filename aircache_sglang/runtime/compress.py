@@ -28,6 +28,8 @@ from aircache_sglang.policy import (
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.packing import cells_of, pack
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.row import gap_entries
+from aircache_sglang.runtime.stash import Job
 from aircache_sglang.runtime.table import CompressionTable
 
 # TorchPass gathers the keys of this many bytes from the pool at once while scoring.
@@ -45,21 +47,6 @@ class HeadGroup(Protocol):
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """Local [H_local, N] tensors to [H_kv, N], the same on each rank."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """One request to compress.
-
-    q: [L, N_t, H_q, D], its instruction's queries.
-    q_visual: [L, W, H_q, D], those of its last visual tokens; accumulated: float32
-        [L, H_kv, N_v]; only for a policy that looks at them.
-    """
-
-    record: CompressionRecord
-    q: torch.Tensor
-    q_visual: torch.Tensor | None = None
-    accumulated: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,42 +89,27 @@ class PassInputs:
         self.v_all[:, record.copies] = self.v_all[:, between]
         return [record.copies]
 
+    def enter(self, record: CompressionRecord, budgets: torch.Tensor) -> None:
+        """Lay out the row's gap and enter it in the table; budgets: int64 [L] on the device."""
+        prompt, between = record.intent.prompt, torch.cat(self.copy_text_between(record))
+        row = self.table.req_to_token[record.row]
+        row[prompt.start : prompt.end] = gap_entries(prompt, record.columns, between)
+        self.table.set(record.row, prompt.start, prompt.n_visual, budgets)
+
     def finish(
         self,
         record: CompressionRecord,
         budgets: torch.Tensor,
-        selected: torch.Tensor,
         mass: torch.Tensor,
-    ) -> None:
-        """Lay out the row's gap, then `keep`; arguments on the device, as there."""
-        prompt, between = record.intent.prompt, torch.cat(self.copy_text_between(record))
-        row, m = self.table.req_to_token[record.row], record.intent.columns
-        gap_end = prompt.start + prompt.n_visual
-        row[prompt.start : prompt.start + m] = record.columns
-        row[prompt.start + m : gap_end] = 0
-        row[gap_end : prompt.end] = between
-        self.keep(
-            record,
-            budgets.to("cpu", non_blocking=True),
-            selected,
-            mass.to("cpu", non_blocking=True),
-        )
-
-    def keep(
-        self,
-        record: CompressionRecord,
-        budgets: torch.Tensor,
         selected: torch.Tensor,
-        mass: torch.Tensor,
     ) -> None:
-        """Keep what will be reported, once the forward's result is there.
+        """Note what will be reported, once the forward's result is there.
 
         budgets: integers [L] and mass: float64 [] of `visual_mass`, the mean over the ranks, both
         on their way to pinned host memory; selected: integers [H_local, L * m] on the device.
         """
-        record.budgets, record.mass = budgets, mass
-        if record.intent.config.return_selection:
-            record.selected = self.heads.gather_heads(selected)
+        wanted = record.intent.config.return_selection
+        record.packed(budgets, mass, self.heads.gather_heads(selected) if wanted else None)
 
 
 class CompressionPass(Protocol):
@@ -149,6 +121,42 @@ class CompressionPass(Protocol):
         A record without budgets afterwards keeps its picture whole: nothing reaches its
         `min_visual_mass`.
         """
+
+
+class TorchPass:
+    """The pass in torch, for any policy and device."""
+
+    def __init__(self, inputs: PassInputs) -> None:
+        self.inputs = inputs
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._compress(job)
+
+    def _compress(self, job: Job) -> None:
+        inputs, record, config = self.inputs, job.record, job.record.intent.config
+        visual = inputs.visual_slots(record)
+        found = judge(policy_of(config), job, inputs, visual)
+        if config.min_visual_mass is None:
+            kept = keep(found, record, inputs.heads, [record.intent.columns])[0]
+        else:
+            sizes = [columns(share, record.intent.prompt.n_visual) for share in MASS_LADDER]
+            choices = keep(found, record, inputs.heads, sizes)
+            # The one wait: columns are freed, and rows laid out, by the host.
+            masses = torch.stack([choice.mass for choice in choices]).tolist()
+            reached = [mass >= config.min_visual_mass for mass in masses]
+            if not any(reached):
+                record.settle(0, 1.0)
+                return
+            rung = reached.index(True)
+            kept = choices[rung]
+            record.settle(sizes[rung], MASS_LADDER[rung])
+        source = merged(inputs, record, visual, kept) if config.ablation.merge else None
+        k_all, v_all = inputs.k_all, inputs.v_all
+        pack(k_all, v_all, visual, record.columns, kept.selected, kept.budgets, source)
+        inputs.enter(record, kept.budgets)
+        budgets, mass = (found.to("cpu", non_blocking=True) for found in (kept.budgets, kept.mass))
+        inputs.finish(record, budgets, mass, kept.selected)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,74 +172,52 @@ class Judgement:
     importance: torch.Tensor
 
 
-class TorchPass:
-    """The pass in torch, for any policy and device."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """The tokens that stay.
 
-    def __init__(self, cells: PassInputs) -> None:
-        self.cells = cells
+    order: int64 [L, H_kv, N_v], ordinals, the kept ones first; budgets: int64 [L];
+    selected: int64 [H_kv, L * m] of `cells_of`; mass: float64 [] of `visual_mass`, over all ranks.
+    """
 
-    def __call__(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self._compress(job)
+    order: torch.Tensor
+    budgets: torch.Tensor
+    selected: torch.Tensor
+    mass: torch.Tensor
 
-    def _compress(self, job: Job) -> None:
-        cells, record, intent = self.cells, job.record, job.record.intent
-        config, n_visual = intent.config, intent.prompt.n_visual
-        policy = policy_of(config)
-        visual = cells.visual_slots(record)
-        found = judge(policy, job, cells, visual)
-        statistics, scores = cells.heads.mean(found.statistics), found.scores
-        if config.ablation.selection == "shared":
-            scores = shared(scores, cells.heads)
-        # (m, retention) of each size that may be chosen
-        sizes = [(intent.columns, config.retention)]
-        if config.min_visual_mass is not None:
-            sizes = [(columns(share, n_visual), share) for share in MASS_LADDER]
-        all_budgets = [policy.budgets(statistics, n_visual, m) for m, _ in sizes]
-        order = select_padded(scores, all_budgets[0]).roll(-config.ablation.rank, dims=-1)
-        n_layers = order.shape[0]
-        selections = [
-            cells_of(order, budgets, n_layers * m)
-            for budgets, (m, _) in zip(all_budgets, sizes, strict=True)
-        ]
-        masses = cells.heads.mean(
-            torch.stack(
-                [
-                    visual_mass(found.importance, selected, budgets)
-                    for selected, budgets in zip(selections, all_budgets, strict=True)
-                ]
-            )
-        )
-        choice = 0
-        if config.min_visual_mass is not None:
-            # The one wait: columns are freed, and rows laid out, by the host.
-            reached = [mass >= config.min_visual_mass for mass in masses.tolist()]
-            if not any(reached):
-                record.settle(0, 1.0)
-                return
-            choice = reached.index(True)
-            record.settle(*sizes[choice])
-        budgets, selected = all_budgets[choice], selections[choice]
-        source = merged(cells, record, visual, order, budgets) if config.ablation.merge else None
-        pack(cells.k_all, cells.v_all, visual, record.columns, selected, budgets, source)
-        cells.table.set(record.row, intent.prompt.start, n_visual, budgets)
-        cells.finish(record, budgets, selected, masses[choice])
+
+def keep(
+    found: Judgement, record: CompressionRecord, heads: HeadGroup, sizes: Sequence[int]
+) -> list[Kept]:
+    """Split and select for each number of columns in `sizes`, without waiting for the device."""
+    config, n_visual = record.intent.config, record.intent.prompt.n_visual
+    policy, statistics = policy_of(config), heads.mean(found.statistics)
+    scores = shared(found.scores, heads) if config.ablation.selection == "shared" else found.scores
+    budgets = [policy.budgets(statistics, n_visual, m) for m in sizes]
+    order = select_padded(scores, budgets[0]).roll(-config.ablation.rank, dims=-1)
+    selected = [cells_of(order, n, len(n) * m) for n, m in zip(budgets, sizes, strict=True)]
+    masses = [
+        visual_mass(found.importance, chosen, n)
+        for chosen, n in zip(selected, budgets, strict=True)
+    ]
+    return [
+        Kept(order, *choice)
+        for choice in zip(budgets, selected, heads.mean(torch.stack(masses)), strict=True)
+    ]
 
 
 def merged(
-    cells: PassInputs,
-    record: CompressionRecord,
-    visual: torch.Tensor,
-    order: torch.Tensor,
-    budgets: torch.Tensor,
+    inputs: PassInputs, record: CompressionRecord, visual: torch.Tensor, kept: Kept
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of the visual tokens in all layers, [L, N_v, H_kv, D], after `merge_dropped`."""
     knobs, positions = record.intent.config.ablation, None
     if knobs.merge_by == "position":
         positions = record.intent.prompt.visual_positions().to(visual.device)
     layers = [
-        merge_dropped(k[visual], v[visual], order[layer], budgets[layer], knobs.merge, positions)
-        for layer, (k, v) in enumerate(zip(cells.k_all, cells.v_all, strict=True))
+        merge_dropped(k[visual], v[visual], order, budget, knobs.merge, positions)
+        for k, v, order, budget in zip(
+            inputs.k_all, inputs.v_all, kept.order, kept.budgets, strict=True
+        )
     ]
     return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
 
@@ -248,13 +234,13 @@ def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_layers))
 
 
-def judge(policy: Policy, job: Job, cells: PassInputs, visual_slots: torch.Tensor) -> Judgement:
+def judge(policy: Policy, job: Job, inputs: PassInputs, visual_slots: torch.Tensor) -> Judgement:
     """Score one request, a block of layers at a time; visual_slots: int64 [N_v]."""
-    q, record, k_all = job.q, job.record, cells.k_all
+    q, record, k_all = job.q, job.record, inputs.k_all
     config = record.intent.config
     n_layers, _, n_heads, head_dim = k_all.shape
-    text = cells.instruction_slots(record, q.shape[1]).long()
-    context = cells.context_slots(record, q.shape[1]).long() if policy.reads_context else text[:0]
+    text = inputs.instruction_slots(record, q.shape[1]).long()
+    context = inputs.context_slots(record, q.shape[1]).long() if policy.reads_context else text[:0]
     per_layer = (visual_slots.numel() + context.numel()) * n_heads * head_dim * k_all.element_size()
     scores, statistics, importance = [], [], []
     for block in layer_blocks(n_layers, per_layer):
@@ -266,13 +252,13 @@ def judge(policy: Policy, job: Job, cells: PassInputs, visual_slots: torch.Tenso
             q_visual=None if job.q_visual is None else job.q_visual[block],
             accumulated=None if job.accumulated is None else job.accumulated[block],
             unified=record.intent.prompt.is_unified,
-            scale=cells.scale,
+            scale=inputs.scale,
             first_layer=block.start,
-            first_head=cells.heads.first(n_heads),
+            first_head=inputs.heads.first(n_heads),
             salt=record.intent.salt,
         )
         score = policy.score(states)
-        scores.append(shared(score, cells.heads) if policy.shares_selection else score)
+        scores.append(shared(score, inputs.heads) if policy.shares_selection else score)
         statistics.append(policy.statistics(states, scores[-1]))
         if config.scores_are_importance():
             importance.append(scores[-1])
@@ -283,7 +269,7 @@ def judge(policy: Policy, job: Job, cells: PassInputs, visual_slots: torch.Tenso
                     states.k_text,
                     states.k_visual,
                     alpha=config.alpha,
-                    scale=cells.scale,
+                    scale=inputs.scale,
                     elite=config.elite,
                     window=INSTRUCTION_LIMIT,
                     unified=states.unified,

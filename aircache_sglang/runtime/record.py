@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's side of one compressed request: what was intended, what it owns, what it reports."""
+"""The host's side of one compressed request: what it owns, what has happened to it, its report."""
 
 from __future__ import annotations
 
@@ -10,70 +10,8 @@ from typing import Any
 
 import torch
 
-from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.spans import VisualPrompt
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Intent:
-    """The decision to compress a request, made before its prefill from host knowledge alone.
-
-    columns: m, the slots that will hold the survivors of all layers, the same on every rank. With
-        `min_visual_mass` the most that they may be until the pass has chosen.
-    retention: what the pass has chosen; None where it was asked for.
-    salt: an integer drawn from the prompt.
-    """
-
-    config: AirCacheConfig
-    prompt: VisualPrompt
-    columns: int
-    retention: float | None = None
-    salt: int = 0
-
-    @property
-    def reuses(self) -> bool:
-        """Whether the request extends, and leaves, compressed replicas."""
-        return self.config.reuse == "compressed"
-
-    @property
-    def n_copies(self) -> int:
-        """Copies of the text between pictures: a replica outlives the exact text it stood in."""
-        return self.prompt.n_between if self.reuses else 0
-
-    @property
-    def n_extra(self) -> int:
-        """Slots to allocate for the columns and the copies."""
-        return self.columns + self.n_copies
-
-    @property
-    def match_limit(self) -> int:
-        """Tokens of the prompt that may be a hit in exact KV; the rest is computed anew.
-
-        What is scored needs its queries in every request; a replica also owns all the text that
-        follows the visual region.
-        """
-        last = self.prompt.end if self.reuses else self.prompt.instruction[0]
-        return min(last, self.first_query)
-
-    @property
-    def first_query(self) -> int:
-        """The first position whose query the policy looks at."""
-        policy = policy_of(self.config)
-        if policy.accumulates:
-            return self.prompt.start
-        if policy.visual_window:
-            return int(self.prompt.visual_positions()[-policy.visual_window :][0])
-        return self.prompt.instruction[0]
-
-    @property
-    def n_queries(self) -> int:
-        """Tokens whose queries score the picture."""
-        if policy_of(self.config).accumulates:
-            return self.prompt.length - self.prompt.start
-        lo, hi = self.prompt.instruction
-        text, visual = self.config.observed()
-        return min(hi - lo, text) + min(self.prompt.n_visual, visual)
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.row import gap_end, gap_entries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,13 +33,9 @@ class Replica:
     selected: torch.Tensor | None
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """The entries [prompt.start, prompt.length) of a row that extends this replica.
-
-        As after the pass (compress.py, write_gap): columns, the padding slot, then text.
-        """
+        """The entries [prompt.start, prompt.length) of a row that extends this replica."""
         m = self.intent.columns
-        padding = slots.new_zeros(self.intent.prompt.n_visual - m)
-        return torch.cat([slots[:m], padding, slots[m:]])
+        return gap_entries(self.intent.prompt, slots[:m], slots[m:])
 
 
 class Stage(enum.Enum):
@@ -129,12 +63,12 @@ class CompressionRecord:
     reused: the columns are those of a replica that an earlier turn left.
     exact_tail: text beyond the prompt was computed beside the full picture (a retracted request),
         and fits neither namespace.
-    budgets: integers [L] on the host, set by the pass.
-    mass: float64 [] on the host, set by the pass; see `visual_mass`.
+    budgets: integers [L] on the host; mass: float64 [] on the host, see `visual_mass`.
     selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
         of all tensor-parallel ranks; only if the request wants its selection reported.
-    surplus: int64, slots that the pass turned out not to need, until the engine takes them.
+    surplus: int64, slots that the pass turned out not to need.
     seconds: of the host in the pass; on a GPU that is launching it.
+    cell_rows: absolute rows of the packed cells, one int64 [n_l] a layer; for attention in torch.
     """
 
     intent: Intent
@@ -151,8 +85,23 @@ class CompressionRecord:
     selected: torch.Tensor | None = None
     surplus: torch.Tensor | None = None
     seconds: float = 0.0
-    # Absolute rows of the packed cells, one int64 [n_l] a layer; runtime/decode.py fills them in.
     cell_rows: list[torch.Tensor] | None = None
+
+    @classmethod
+    def of_replica(cls, replica: Replica, row: int, *, own: Intent) -> CompressionRecord:
+        """A request, with an intent of its `own`, that extends a replica of the tree's."""
+        return cls(
+            intent=dataclasses.replace(replica.intent, config=own.config),
+            row=row,
+            originals=replica.slots[:0],
+            extra=replica.slots[: replica.intent.n_extra],
+            stage=Stage.RELEASED,
+            shared=True,
+            reused=True,
+            budgets=replica.budgets,
+            mass=replica.mass,
+            selected=replica.selected if own.config.return_selection else None,
+        )
 
     @property
     def columns(self) -> torch.Tensor:
@@ -164,25 +113,49 @@ class CompressionRecord:
         """int64 [n_between] slots of the copied text."""
         return self.extra[self.intent.columns :]
 
-    def settle(self, m: int, retention: float) -> None:
-        """Keep m of the columns; with m = 0 none of the extra slots."""
-        copies = self.copies if m else self.extra[:0]
-        self.surplus = self.extra[m : self.intent.columns if m else None]
-        self.extra = torch.cat([self.extra[:m], copies])
-        self.intent = dataclasses.replace(self.intent, columns=m, retention=retention)
+    @property
+    def text_from(self) -> int:
+        """First row entry past the columns that holds text of the request's own or of the tree.
+
+        Without copies the text between pictures stays in its original slots.
+        """
+        prompt = self.intent.prompt
+        return prompt.end if self.intent.n_copies else gap_end(prompt)
 
     def private_tokens(self, stock: int) -> int:
         """Slots this request owns outside the tree, given what stock SGLang would count."""
         return stock - self.released + (0 if self.shared else self.extra.numel())
 
-    @property
-    def text_from(self) -> int:
-        """First row entry past the gap that holds text of the request's own or of the tree.
+    # What happens to it, in this order.
 
-        Without copies the text between pictures stays in its original slots.
+    def settle(self, m: int, retention: float) -> None:
+        """The pass has chosen its size: keep m of the columns; with m = 0 no extra slot."""
+        copies = self.copies if m else self.extra[:0]
+        self.surplus = self.extra[m : self.intent.columns if m else None]
+        self.extra = torch.cat([self.extra[:m], copies])
+        self.intent = dataclasses.replace(self.intent, columns=m, retention=retention)
+
+    def packed(
+        self, budgets: torch.Tensor, mass: torch.Tensor, selected: torch.Tensor | None
+    ) -> None:
+        """The pass has been launched; budgets and mass may still be on their way to the host."""
+        self.budgets, self.mass, self.selected = budgets, mass, selected
+
+    def replica(self, text: torch.Tensor) -> Replica:
+        """What it leaves in the tree; text: int64, slots of [prompt.end, prompt.length)."""
+        assert self.budgets is not None, "a replica of a request whose pass has not run"
+        slots = torch.cat([self.extra, text])
+        variant = self.intent.config.variant()
+        return Replica(variant, self.intent, slots, self.budgets, self.mass, self.selected)
+
+    def release(self, *, freed: int = 0, shared: bool = False) -> None:
+        """The prefill's result is known, and the originals are given back.
+
+        freed: row entries behind `cache_protected_len` without a slot now; shared: the tree has
+        taken the columns and the copies.
         """
-        prompt = self.intent.prompt
-        return prompt.end if self.intent.n_copies else prompt.start + prompt.n_visual
+        assert self.stage is Stage.PREFILLED, "released twice"
+        self.stage, self.released, self.shared = Stage.RELEASED, freed, shared
 
     def report(self) -> dict[str, Any]:
         """The request's `meta_info["aircache"]`. Waits for the device if the pass still runs."""

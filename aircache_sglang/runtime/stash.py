@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries that a pass looks at, kept per layer while the prefill runs."""
+"""What a pass looks at besides the pool, kept while the prefill runs: the queries, layer by layer.
+
+A chunked prefill may split what belongs to one request; each chunk's forward keeps its own.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from aircache_sglang.runtime.attention_sum import AttentionSum, SumWork
+from aircache_sglang.runtime.choice import policy_of
+from aircache_sglang.runtime.chunk import Chunk
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.transfer import to_device
 
 
@@ -44,34 +54,78 @@ class BatchStash:
 
 
 class QueryStash:
-    """The queries of one request's positions [lo, hi), after RoPE.
-
-    A chunked prefill may split them; each chunk's forward keeps its own.
-    """
+    """The queries of one request's positions [lo, hi), after RoPE."""
 
     def __init__(self, positions: tuple[int, int]) -> None:
         self.lo, self.hi = positions
         self._filled_to = self.lo
         self._parts: list[tuple[BatchStash, slice]] = []
 
-    def claim(self, extend_start: int, extend_end: int, first_row: int, batch: BatchStash) -> None:
-        """Have `batch` keep the rows of this forward that belong here, if there are any.
-
-        extend_start, extend_end: positions computed now; first_row: their first row in the batch.
-        """
-        lo, hi = max(self.lo, extend_start), min(self.hi, extend_end)
-        if lo >= hi:
-            return
-        # A gap means that cached tokens were matched; their queries are lost.
-        assert lo == self._filled_to, f"queries skip from {self._filled_to} to {lo}"
-        self._filled_to = hi
-        row = first_row + lo - extend_start
-        self._parts.append((batch, batch.add(slice(row, row + hi - lo))))
+    def claim(self, chunk: Chunk, batch: BatchStash) -> None:
+        """Have `batch` keep the rows of this forward that belong here, if there are any."""
+        part = chunk.within(self._filled_to, self.hi)
+        if part is not None:
+            self._filled_to = part.end
+            self._parts.append((batch, batch.add(part.rows)))
 
     def queries(self) -> torch.Tensor:
         """All of them, [L, hi - lo, H_q, D]; a view where one forward computed them."""
         assert self._filled_to == self.hi, f"stash ends at {self._filled_to}, not {self.hi}"
         return joined([batch.rows(place) for batch, place in self._parts])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One request to compress, and what its policy looks at besides keys.
+
+    q: [L, N_t, H_q, D], its instruction's queries.
+    q_visual: [L, W, H_q, D], those of its last visual tokens; accumulated: float32
+        [L, H_kv, N_v]; only for a policy that looks at them.
+    """
+
+    record: CompressionRecord
+    q: torch.Tensor
+    q_visual: torch.Tensor | None = None
+    accumulated: torch.Tensor | None = None
+
+
+class PrefillStash:
+    """What one request's prefill leaves for its `Job`.
+
+    Its visual queries are those from `Intent.first_query` on.
+    """
+
+    def __init__(self, intent: Intent) -> None:
+        policy, prompt = policy_of(intent.config), intent.prompt
+        self._spans = prompt.spans
+        self._instruction = QueryStash(prompt.instruction)
+        self._visual: QueryStash | None = None
+        self._sum: AttentionSum | None = None
+        if policy.visual_window:
+            self._visual = QueryStash((intent.first_query, prompt.end))
+        if policy.accumulates:
+            self._sum = AttentionSum(prompt.start, prompt.length, prompt.visual_positions())
+
+    def claim(self, chunk: Chunk, row: torch.Tensor, queries: BatchStash) -> SumWork | None:
+        """Have `queries` keep what this forward computes of it; row: its entries of req_to_token.
+
+        Returns what is to be summed up while the forward runs, if anything.
+        """
+        for stash in (self._instruction, self._visual):
+            if stash is not None:
+                stash.claim(chunk, queries)
+        return None if self._sum is None else self._sum.claim(chunk, row)
+
+    def job(self, record: CompressionRecord) -> Job:
+        """The pass's work, once the prefill has ended."""
+        q_visual = accumulated = None
+        if self._visual is not None:
+            q, lo = self._visual.queries(), self._visual.lo
+            spans = [(max(a, lo) - lo, b - lo) for a, b in self._spans if b > lo]
+            q_visual = torch.cat([q[:, a:b] for a, b in spans], dim=1)
+        if self._sum is not None:
+            accumulated = self._sum.stacked()
+        return Job(record, self._instruction.queries(), q_visual, accumulated)
 
 
 def joined(parts: list[torch.Tensor]) -> torch.Tensor:

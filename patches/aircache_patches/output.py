@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
+from aircache_sglang.engine.request import state_of
 
 
 class AirCacheOutputStreamer(SchedulerOutputStreamer):
@@ -20,15 +21,6 @@ class AirCacheOutputStreamer(SchedulerOutputStreamer):
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
         """For each key one list a request: its value if it has not been sent yet, else nothing."""
         return {
-            REQUEST_KEY: [unsent(req, "aircache_info") for req in reqs],
-            REASON_KEY: [unsent(req, "aircache_reason") for req in reqs],
+            REQUEST_KEY: [state_of(req).unsent("report") for req in reqs],
+            REASON_KEY: [state_of(req).unsent("reason") for req in reqs],
         }
-
-
-def unsent(req: Any, name: str) -> list[Any]:
-    """[value] of a request's attribute, once for each value."""
-    value, sent = getattr(req, name, None), f"{name}_sent"
-    if value is None or value is getattr(req, sent, None):
-        return []
-    setattr(req, sent, value)
-    return [value]

@@ -21,6 +21,7 @@ from aircache_sglang.engine.backend import (
     PLAIN,
     AttentionState,
     DecodeGraphVariants,
+    Work,
     adopt,
 )
 
@@ -120,9 +121,9 @@ def test_a_replay_plans_what_its_graph_reads(backend: Any, state: AttentionState
     capture(backend)
     variants = DecodeGraphVariants(state)
     for records, label, plans in (((), PLAIN, 2), ([None, RECORD], COMPRESSED, 2), ((), PLAIN, 3)):
-        state.records = records
-        assert variants.select(batch()) == label
-        backend.init_forward_metadata_out_graph(batch())
+        with state.during(Work(records=records)):
+            assert variants.select(batch()) == label
+            backend.init_forward_metadata_out_graph(batch())
         assert len(backend.plans) == plans
     assert set(backend.plans) == {backend.captured[4]}
 
@@ -136,34 +137,35 @@ def test_the_captured_label_outweighs_the_records(state: AttentionState) -> None
         (COMPRESSED, (), True),
     ):
         _set_capture_attention_variant(label)
-        state.records = records
-        assert state.decodes() == expected
+        with state.during(Work(records=records)):
+            assert state.decodes() == expected
 
 
 def test_eager_decode(backend: Any, state: AttentionState) -> None:
     """With packed cells our plan and attention, without them the stock ones."""
     backend.init_forward_metadata(batch())
     assert (len(backend.plans), forward(backend), backend.decoded) == (1, 0.0, 1)
-    state.records = [RECORD, None]
-    backend.init_forward_metadata(batch())
-    assert (len(backend.plans), forward(backend), backend.decoded) == (1, 1.0, 1)
+    with state.during(Work(records=[RECORD, None])):
+        backend.init_forward_metadata(batch())
+        assert (len(backend.plans), forward(backend), backend.decoded) == (1, 1.0, 1)
     assert state.decoder.planned == [[RECORD, None]]  # type: ignore[attr-defined]
 
 
 def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionState) -> None:
-    state.records = [RECORD]
-    backend.init_forward_metadata(batch(ForwardMode.EXTEND))
-    backend.init_forward_metadata_out_graph(batch(ForwardMode.EXTEND))
+    with state.during(Work(records=[RECORD])):
+        backend.init_forward_metadata(batch(ForwardMode.EXTEND))
+        backend.init_forward_metadata_out_graph(batch(ForwardMode.EXTEND))
     assert len(backend.plans) == 2
 
 
-@pytest.mark.parametrize("work", ["queries", "sum_work", "extends"])
+@pytest.mark.parametrize("work", ["queries", "sums", "extends"])
 def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
-    setattr(state, work, [object()])
-    assert not backend.can_run_prefill_cuda_graph(prefill)
-    setattr(state, work, None if work == "queries" else ())
+    state.extender.plan = lambda jobs: None  # type: ignore[method-assign]
+    with state.during(Work(**{work: [object()]})):  # type: ignore[arg-type]
+        assert not backend.can_run_prefill_cuda_graph(prefill)
+    assert backend.can_run_prefill_cuda_graph(prefill)
     prefill.small = False
     assert not backend.can_run_prefill_cuda_graph(prefill)
 
@@ -171,6 +173,6 @@ def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: Attention
 def test_shared_reads_end_later_for_packed_cells_alone(backend: Any, state: AttentionState) -> None:
     stock = {mode: AttentionBackend.shared_read_ends(backend, mode) for mode in ForwardMode}
     assert {mode: backend.shared_read_ends(mode) for mode in ForwardMode} == stock
-    state.records = [RECORD]
     changed = {ForwardMode.DECODE: SharedReadEnds.POST_REPLAY}
-    assert {mode: backend.shared_read_ends(mode) for mode in ForwardMode} == stock | changed
+    with state.during(Work(records=[RECORD])):
+        assert {mode: backend.shared_read_ends(mode) for mode in ForwardMode} == stock | changed

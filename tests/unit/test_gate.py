@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.gate import pass_reads, pays_off, saved_reads
-from aircache_sglang.runtime.record import Intent
 from aircache_sglang.runtime.spans import VisualPrompt
 
 VISUAL = st.integers(64, 100_000)

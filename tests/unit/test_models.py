@@ -93,9 +93,9 @@ def test_out_of_reach(
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"])
 def test_within_reach(tmp_path: Path, family: str) -> None:
-    from tests import factories
+    from aircache_sglang.testing import checkpoints
 
-    model = ModelConfig(str(getattr(factories, f"make_{family}")(tmp_path)))
+    model = ModelConfig(str(getattr(checkpoints, f"make_{family}")(tmp_path)))
     assert model.hf_config.architectures[0] in ARCHITECTURES
     assert out_of_reach(model) is None and model.is_multimodal
 

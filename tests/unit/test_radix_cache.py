@@ -50,12 +50,14 @@ from aircache_sglang.engine.compressor import Compressor
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+from aircache_sglang.engine.request import state_of
 from aircache_sglang.engine.tree import Kind, Node
 from aircache_sglang.runtime import spans as spans_module
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
+from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import TorchExtender
-from aircache_sglang.runtime.record import Intent, Stage
+from aircache_sglang.runtime.record import Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
 from tests.support.spans import between_positions
@@ -125,6 +127,13 @@ class FakeReq:
         self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
 
 
+def report(req: FakeReq) -> dict[str, Any]:
+    """What the answer will say of a compressed request."""
+    found = state_of(req).report
+    assert found is not None
+    return found
+
+
 class World:
     """A pool, a tree and a compressor, without a model."""
 
@@ -141,7 +150,6 @@ class World:
         compressor = Compressor.__new__(Compressor)
         compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3, gate="off")
         compressor.pool = self.pool
-        compressor.req_to_token = self.rows.req_to_token
         compressor.records, compressor.surplus = {}, {}
         compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
         one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
@@ -236,7 +244,8 @@ class World:
 
     def _forward(self, req: FakeReq, extend: int) -> None:
         row = self.rows.req_to_token[req.kv.req_pool_idx]
-        queries = self.compressor.attention.queries
+        work = self.compressor.attention.work
+        queries = work.queries
         if queries is not None:
             for layer in range(LAYERS):
                 g = torch.Generator().manual_seed(req.rid * LAYERS + layer)
@@ -246,7 +255,7 @@ class World:
         for position in range(req.prefix_len, req.extend_end):
             tokens = tuple(req.ids[: position + 1])
             self._write(int(row[position]), lossy(beside, tokens) if beside else truth(tokens))
-        for sums in self.compressor.attention.sum_work:
+        for sums in work.sums:
             for layer in range(LAYERS):
                 q = torch.ones((extend, Q_HEADS, DIM))[sums.source]
                 sums.total.add(layer, q, self.pool.k_all[layer, sums.slots], sums.first, 1.0)
@@ -484,7 +493,7 @@ def test_the_life_of_one_compressed_request(disable: bool, config: Any) -> None:
     world.tree.evict(EvictParams(num_tokens=1000))
     world.check()
     assert world.allocator.available_size() == 64 - in_use
-    assert req.aircache_info["slots_freed"] == 15 - 6  # type: ignore[attr-defined]
+    assert report(req)["slots_freed"] == 15 - 6
     world.finish(req)
     world.check()
     assert not world.compressor.records
@@ -513,7 +522,7 @@ def test_a_request_whose_text_is_evicted_holds_its_columns_alone(
     world.decode(req)
     world.result(req)
     world.check()
-    assert req.aircache_info["columns"] == 10, "0.4 of 25"
+    assert report(req)["columns"] == 10, "0.4 of 25"
     assert 80 - world.free_or_evictable() == 10 + 1
     world.tree.evict(EvictParams(num_tokens=1000))
     world.check()
@@ -594,7 +603,7 @@ def test_a_follow_up_decodes_from_the_columns_of_the_turn_before(evicted: bool, 
     row = second.kv.req_pool_idx
     record = world.compressor.records[row]
     assert record.reused
-    assert second.aircache_info["reused"]  # type: ignore[attr-defined]
+    assert report(second)["reused"]
     assert (int(table.gap_start[row]), int(table.gap_len[row])) == (len(HEAD), 15)
     assert table.cell_offset[row].tolist() == offsets
     # 3 new tokens; the head, the replica (6 + 3 + 3) and the answer of 2 are held.
@@ -779,7 +788,7 @@ def test_without_room_for_the_columns_a_request_is_served_uncompressed() -> None
     world.finish(req)
     world.finish(taken)
     world.check()
-    assert not hasattr(req, "aircache_info")
+    assert state_of(req).report is None
 
 
 @with_reuse
@@ -802,7 +811,7 @@ def test_a_promised_mass(mass: float, m: int | None, disable: bool, config: Any)
     world.result(req)
     world.check()
     assert not world.compressor.surplus
-    report = getattr(req, "aircache_info", None)
+    report = state_of(req).report
     if record is None:
         assert report is None
     else:
@@ -851,7 +860,7 @@ def test_what_scores_visual_queries_computes_them_anew(chunk: int) -> None:
             world.check()
         world.result(req)
         world.check()
-        assert req.aircache_info["columns"] == 7
+        assert report(req)["columns"] == 7
         world.finish(req)
         world.check()
 

@@ -33,10 +33,12 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+from aircache_sglang.engine.request import RequestState
 from aircache_sglang.engine.tree import Kind
 from aircache_sglang.runtime import spans
 from aircache_sglang.runtime.compress import PassInputs
-from aircache_sglang.runtime.record import CompressionRecord, Intent, Stage
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
 from tests.support.spans import between_positions
@@ -97,7 +99,7 @@ class Request:
     last_node: Any = None
     prefix_len: int = 0
     n_out: int = 0  # tokens of the answer that are known
-    bare: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
+    aircache: RequestState = dataclasses.field(default_factory=lambda: RequestState(bare_spans=[]))
 
     @property
     def origin_input_ids(self) -> array[int]:
@@ -126,9 +128,9 @@ class World:
     def __init__(self, *, disable: bool = False) -> None:
         self.rows = Rows()
         kv = torch.zeros(2, POOL + 1, 1, 1)
-        table = CompressionTable(self.rows.req_to_token, 1)
+        table = CompressionTable(self.rows.req_to_token, 2)
         heads: Any = SimpleNamespace(gather_heads=lambda selected: selected)
-        self.cells = PassInputs(kv, kv, table, heads, 1.0)
+        self.inputs = PassInputs(kv, kv, table, heads, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
         self.surplus: dict[int, torch.Tensor] = {}
@@ -155,9 +157,6 @@ class World:
 
     def intent(self, req: Request) -> Intent | None:
         return req.intent
-
-    def bare_spans(self, req: Request) -> list[tuple[int, list[int]]]:
-        return req.bare
 
     def released(self, req: Request, record: CompressionRecord) -> None:
         self.counts["released"] += 1
@@ -193,15 +192,8 @@ class World:
         replica = req.last_node.replica
         if replica is not None:
             content = replica.content
-            self.records[req.kv.req_pool_idx] = CompressionRecord(
-                intent=content.intent,
-                row=req.kv.req_pool_idx,
-                originals=content.slots[:0],
-                extra=content.slots[: content.intent.n_extra],
-                stage=Stage.RELEASED,
-                shared=True,
-                reused=True,
-                budgets=content.budgets,
+            self.records[req.kv.req_pool_idx] = CompressionRecord.of_replica(
+                content, req.kv.req_pool_idx, own=content.intent
             )
 
     def record(self, req: Request) -> CompressionRecord | None:
@@ -247,7 +239,8 @@ class World:
                 self.label[slot] = self.label[source]
         budgets = torch.full((2,), intent.columns)
         mass = torch.tensor(1.0, dtype=torch.float64)
-        self.cells.finish(record, budgets, torch.zeros(1, 2 * intent.columns), mass)
+        self.inputs.enter(record, budgets)
+        self.inputs.finish(record, budgets, mass, torch.zeros(1, 2 * intent.columns))
         return True
 
     def release(self, req: Request, *, checkpoint: bool) -> None:
@@ -674,7 +667,7 @@ def test_pictures_without_placeholders_are_told_apart() -> None:
     hits = []
     for pads in (CAT, DOG, CAT):
         req = make_request((1, 2, 9, 9, 9, 3, 4), (), "plain")
-        req.bare = [(2, list(pads))]
+        req.aircache.bare_spans = [(2, list(pads))]
         world.match(req)
         hits.append(req.prefix_len)
         assert world.extend(req, 7)

@@ -20,11 +20,12 @@ from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, DecodeGraphVariants, adopt
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.compress import Job, PassInputs
+from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.kv_planes import KVPlanes
-from aircache_sglang.runtime.record import CompressionRecord, Intent
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, QueryStash
 from aircache_sglang.runtime.table import CompressionTable

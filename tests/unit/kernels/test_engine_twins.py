@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
 from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
+from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
-from aircache_sglang.runtime.record import CompressionRecord, Intent
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable

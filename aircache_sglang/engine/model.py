@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layers of SGLang's model, and what they must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """The RadixAttention modules of the language model."""
+    # SGLang's Transformers fallback keeps its layers in a plain dictionary.
+    aside = getattr(model, "attention_instances", {}).values()
+    return [m for m in (*model.modules(), *aside) if isinstance(m, RadixAttention)]
+
+
+def attention_scale(layers: list[Any], policy: str) -> float:
+    """The softmax scale that all attention layers share.
+
+    Raises RuntimeError for layers that the compression pass would score, or decode, wrongly.
+    """
+    needs = f"--kv-policy {policy} needs"
+    scales = {layer.scaling for layer in layers}
+    if len(scales) != 1:
+        raise RuntimeError(f"{needs} one softmax scale in all layers, found {sorted(scales)}")
+    for layer in layers:
+        factors = {getattr(layer, name, None) for name in ("k_scale_float", "v_scale_float")}
+        if not factors <= {None, 1.0}:
+            raise RuntimeError(
+                f"{needs} a checkpoint without scale factors for KV, and layer {layer.layer_id} "
+                f"has {sorted(factors, key=str)}; serve it without --kv-policy"
+            )
+        windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
+        if windowed or layer.logit_cap or layer.attn_type != AttentionType.DECODER:
+            raise RuntimeError(
+                f"{needs} causal attention over the whole context, without a window or a logit "
+                f"cap; layer {layer.layer_id} has another"
+            )
+    return float(scales.pop())

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we keep on SGLang's requests, and what we read off them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+
+from aircache_sglang.runtime.decide import Asked, Intent, Reason
+from aircache_sglang.runtime.spans import bare_spans
+from aircache_sglang.runtime.stash import PrefillStash
+
+
+@dataclasses.dataclass(slots=True)
+class RequestState:
+    """The attribute `aircache` of a request (managers/schedule_batch.py, Req).
+
+    intent: how it is compressed, None for not at all; decided for a prompt of `decided_for` tokens,
+        since an abort replaces the prompt by a stub (set_finish_with_abort).
+    stash: what its prefill has left so far.
+    report, reason: for the answer, once known.
+    bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
+    """
+
+    decided_for: int | None = None
+    intent: Intent | None = None
+    stash: PrefillStash | None = None
+    report: dict[str, Any] | None = None
+    reason: Reason | None = None
+    bare_spans: list[tuple[int, list[int]]] | None = None
+    _sent: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def decided(self, req: Any, intent: Intent | None) -> None:
+        """Note the decision on the prompt that `req` has now."""
+        self.decided_for, self.intent = len(req.origin_input_ids), intent
+
+    def restart(self) -> None:
+        """Forget what belongs to one life of a request; a retracted one decides anew."""
+        self.decided_for = self.intent = self.stash = None
+
+    def unsent(self, name: str) -> list[Any]:
+        """[value] of `report` or `reason` once for each value, else nothing."""
+        value = getattr(self, name)
+        if value is None or value is self._sent.get(name):
+            return []
+        self._sent[name] = value
+        return [value]
+
+
+def state_of(req: Any) -> RequestState:
+    """The request's state; a new one at the first call."""
+    try:
+        state: RequestState = req.aircache
+    except AttributeError:
+        state = req.aircache = RequestState()
+    return state
+
+
+def asked(req: Any) -> Asked | None:
+    """What `decide` looks at; None for a request without multimodal inputs."""
+    inputs, params = req.multimodal_inputs, req.sampling_params
+    if inputs is None:
+        return None
+    return Asked(
+        input_ids=req.origin_input_ids,
+        mm_items=inputs.mm_items,
+        bare_ids=frozenset({inputs.im_token_id, inputs.video_token_id} - {None}),
+        expected=None if inputs.image_pad_len is None else sum(inputs.image_pad_len),
+        custom_params=params.custom_params,
+        max_new_tokens=params.max_new_tokens,
+        reserved=min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS),
+        supported=(
+            req.input_embeds is None
+            and req.positional_embed_overrides is None
+            and not req.skip_radix_cache_insert
+            and req.beam_group is None
+        ),
+    )
+
+
+def bare_spans_of(req: Any) -> list[tuple[int, list[int]]]:
+    """Read once: SGLang drops the inputs of a finished request."""
+    state = state_of(req)
+    if state.bare_spans is None:
+        inputs = req.multimodal_inputs
+        state.bare_spans = []
+        if inputs is not None:
+            state.bare_spans = bare_spans(req.origin_input_ids, inputs.mm_items, MM_PAD_SHIFT_VALUE)
+    return state.bare_spans

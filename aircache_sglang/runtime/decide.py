@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether and how a request is compressed, decided before its prefill from host knowledge alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from aircache_sglang.config import MASS_LADDER, AirCacheConfig
+from aircache_sglang.policy import columns
+from aircache_sglang.runtime.choice import policy_of
+from aircache_sglang.runtime.gate import pays_off
+from aircache_sglang.runtime.reason import Reason
+from aircache_sglang.runtime.spans import VisualPrompt, read_prompt
+
+__all__ = ["Asked", "Intent", "Reason", "decide"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Intent:
+    """The decision to compress a request, the same on every rank.
+
+    columns: m, the slots that will hold the survivors of all layers. With `min_visual_mass` the
+        most that they may be until the pass has chosen.
+    retention: what the pass has chosen; None where it was asked for.
+    salt: an integer drawn from the prompt.
+    """
+
+    config: AirCacheConfig
+    prompt: VisualPrompt
+    columns: int
+    retention: float | None = None
+    salt: int = 0
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the request extends, and leaves, compressed replicas."""
+        return self.config.reuse == "compressed"
+
+    @property
+    def n_copies(self) -> int:
+        """Copies of the text between pictures: a replica outlives the exact text it stood in."""
+        return self.prompt.n_between if self.reuses else 0
+
+    @property
+    def n_extra(self) -> int:
+        """Slots to allocate for the columns and the copies."""
+        return self.columns + self.n_copies
+
+    @property
+    def match_limit(self) -> int:
+        """Tokens of the prompt that may be a hit in exact KV; the rest is computed anew.
+
+        What is scored needs its queries in every request; a replica also owns all the text that
+        follows the visual region.
+        """
+        last = self.prompt.end if self.reuses else self.prompt.instruction[0]
+        return min(last, self.first_query)
+
+    @property
+    def published(self) -> int:
+        """Tokens of the prompt that the tree is given in exact KV."""
+        return self.prompt.end if self.reuses else self.prompt.length
+
+    @property
+    def first_query(self) -> int:
+        """The first position whose query the policy looks at."""
+        policy = policy_of(self.config)
+        if policy.accumulates:
+            return self.prompt.start
+        if policy.visual_window:
+            return int(self.prompt.visual_positions()[-policy.visual_window :][0])
+        return self.prompt.instruction[0]
+
+    @property
+    def n_queries(self) -> int:
+        """Tokens whose queries score the picture."""
+        if policy_of(self.config).accumulates:
+            return self.prompt.length - self.prompt.start
+        lo, hi = self.prompt.instruction
+        text, visual = self.config.observed()
+        return min(hi - lo, text) + min(self.prompt.n_visual, visual)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """What a decision looks at in a request.
+
+    input_ids: the padded prompt; mm_items, bare_ids, expected: see `read_prompt`.
+    custom_params: of its sampling parameters; max_new_tokens: of its answer.
+    reserved: tokens of the answer that admission sets slots aside for, at most max_new_tokens.
+    supported: whether it uses nothing that compression cannot serve.
+    """
+
+    input_ids: Sequence[int]
+    mm_items: Sequence[Any]
+    bare_ids: frozenset[int]
+    expected: int | None
+    custom_params: Any
+    max_new_tokens: int
+    reserved: int
+    supported: bool
+
+
+def decide(
+    asked: Asked, config: AirCacheConfig, *, room: int, pad_floor: int
+) -> Intent | Reason | None:
+    """An intent, a reason to leave a request with pictures alone, or None without pictures.
+
+    config: the server's; room: slots of the pool that one request may fill; pad_floor: see
+    `read_prompt`.
+    """
+    prompt = read_prompt(
+        asked.input_ids,
+        asked.mm_items,
+        pad_floor,
+        bare_ids=asked.bare_ids,
+        expected=asked.expected,
+    )
+    if prompt is None or isinstance(prompt, Reason):
+        return prompt
+    try:
+        config = config.with_overrides(asked.custom_params)
+    except ValueError:
+        # They are answered with HTTP 400; one that came another way must not end the scheduler.
+        return Reason.BAD_OVERRIDES
+    if config.policy == "none":
+        return Reason.POLICY_NONE
+    if prompt.n_visual < config.min_visual_tokens:
+        return Reason.FEW_VISUAL_TOKENS
+    if config.ablation.audience == "all":
+        prompt = prompt.unified()
+    retention = config.retention if config.min_visual_mass is None else MASS_LADDER[-1]
+    m = columns(retention, prompt.n_visual)
+    if m >= prompt.n_visual:
+        return Reason.KEEPS_ALL
+    if asked.max_new_tokens <= 1:
+        return Reason.NO_DECODE
+    if not asked.supported:
+        return Reason.UNSUPPORTED_REQUEST
+    intent = Intent(config, prompt, m, salt=zlib.crc32(array("q", asked.input_ids).tobytes()))
+    # A request that only fits an empty pool without its columns would wait for ever.
+    if prompt.length + asked.reserved + intent.n_extra >= room:
+        return Reason.POOL_TOO_SMALL
+    # A replica serves later turns too, whose answers nobody knows.
+    if (
+        config.gate == "auto"
+        and not intent.reuses
+        and not pays_off(prompt.n_visual, m, intent.n_queries, asked.max_new_tokens)
+    ):
+        return Reason.NO_GAIN
+    return intent
