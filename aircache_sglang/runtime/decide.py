@@ -6,17 +6,42 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from enum import StrEnum
 from typing import Any
 
 from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.gate import pays_off
-from aircache_sglang.runtime.reason import Reason
-from aircache_sglang.runtime.spans import VisualPrompt, read_prompt
+from aircache_sglang.runtime.spans import (
+    VisualPrompt,
+    merge_spans,
+    placeholder_runs,
+    read_spans,
+)
 
-__all__ = ["Asked", "Intent", "Reason", "decide"]
+
+class Reason(StrEnum):
+    """Why a request with pictures is left alone: `aircache_reason`, and the label of a metric."""
+
+    # Its layout cannot be trusted (read_prompt).
+    SPAN_MISMATCH = "span_mismatch"
+    OVERLAPPING_SPANS = "overlapping_spans"
+    TRUNCATED_PROMPT = "truncated_prompt"
+    NO_INSTRUCTION = "no_instruction"
+    # It asks for it, or cannot be served otherwise (decide).
+    BAD_OVERRIDES = "bad_overrides"
+    POLICY_NONE = "policy_none"
+    FEW_VISUAL_TOKENS = "few_visual_tokens"
+    KEEPS_ALL = "keeps_all"
+    NO_DECODE = "no_decode"
+    UNSUPPORTED_REQUEST = "unsupported_request"
+    POOL_TOO_SMALL = "pool_too_small"
+    NO_GAIN = "no_gain"
+    # Known only once its prefill runs.
+    NO_FREE_SLOTS = "no_free_slots"
+    MASS_NOT_REACHED = "mass_not_reached"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +128,52 @@ class Asked:
     max_new_tokens: int
     reserved: int
     supported: bool
+
+
+def read_prompt(
+    input_ids: Sequence[int],
+    mm_items: Sequence[Any],
+    pad_floor: int,
+    *,
+    bare_ids: Collection[int] = (),
+    expected: int | None = None,
+) -> VisualPrompt | Reason | None:
+    """Read the layout of a prompt.
+
+    input_ids: the padded prompt; ids >= pad_floor are multimodal placeholders.
+    bare_ids: the request's own image and video token ids, which SGLang's Transformers fallback
+        leaves in the prompt (models/transformers.py, pad_input_ids).
+    expected: visual tokens that SGLang counted while it padded the prompt, where it did.
+    Returns None for a prompt without visual tokens, or the reason why its layout cannot be trusted:
+    truncated prompts and items whose tokens are missing are served whole rather than wrongly.
+    """
+    visual = [item for item in mm_items if item.is_image() or item.is_video()]
+    if not visual:
+        return None
+    spans = read_spans(visual)
+    if all(item.offsets is None for item in visual):
+        # The LLaVA family's own processor leaves them out (multimodal/processors/llava.py); with
+        # audio beside the pictures, placeholders would not say whose they are.
+        if len(visual) < len(mm_items):
+            return Reason.SPAN_MISMATCH
+        spans = placeholder_runs(input_ids, pad_floor)
+        if expected is not None and sum(end - start for start, end in spans) != expected:
+            return Reason.SPAN_MISMATCH
+    if not spans:
+        return Reason.SPAN_MISMATCH
+    merged = merge_spans(spans)
+    if merged is None or any(end <= start for start, end in spans):
+        return Reason.OVERLAPPING_SPANS
+    length = len(input_ids)
+    if merged[0][0] < 0 or merged[-1][1] > length:
+        return Reason.TRUNCATED_PROMPT
+    for start, end in merged:
+        if any(token < pad_floor and token not in bare_ids for token in input_ids[start:end]):
+            return Reason.SPAN_MISMATCH
+    if merged[-1][1] == length:
+        return Reason.NO_INSTRUCTION
+    n_visual = sum(end - start for start, end in merged)
+    return VisualPrompt(spans=merged, length=length, n_visual=n_visual)
 
 
 def decide(

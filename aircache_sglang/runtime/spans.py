@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from aircache_sglang.config import INSTRUCTION_LIMIT
-from aircache_sglang.runtime.reason import Reason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,49 +137,3 @@ def bare_spans(
         for start, end in item.offsets or ()
         if int(start) < len(input_ids) and input_ids[int(start)] < pad_floor
     ]
-
-
-def read_prompt(
-    input_ids: Sequence[int],
-    mm_items: Sequence[Any],
-    pad_floor: int,
-    *,
-    bare_ids: Collection[int] = (),
-    expected: int | None = None,
-) -> VisualPrompt | Reason | None:
-    """Read the layout of a prompt.
-
-    input_ids: the padded prompt; ids >= pad_floor are multimodal placeholders.
-    bare_ids: the request's own image and video token ids, which SGLang's Transformers fallback
-        leaves in the prompt (models/transformers.py, pad_input_ids).
-    expected: visual tokens that SGLang counted while it padded the prompt, where it did.
-    Returns None for a prompt without visual tokens, or the reason why its layout cannot be trusted:
-    truncated prompts and items whose tokens are missing are served whole rather than wrongly.
-    """
-    visual = [item for item in mm_items if item.is_image() or item.is_video()]
-    if not visual:
-        return None
-    spans = read_spans(visual)
-    if all(item.offsets is None for item in visual):
-        # The LLaVA family's own processor leaves them out (multimodal/processors/llava.py); with
-        # audio beside the pictures, placeholders would not say whose they are.
-        if len(visual) < len(mm_items):
-            return Reason.SPAN_MISMATCH
-        spans = placeholder_runs(input_ids, pad_floor)
-        if expected is not None and sum(end - start for start, end in spans) != expected:
-            return Reason.SPAN_MISMATCH
-    if not spans:
-        return Reason.SPAN_MISMATCH
-    merged = merge_spans(spans)
-    if merged is None or any(end <= start for start, end in spans):
-        return Reason.OVERLAPPING_SPANS
-    length = len(input_ids)
-    if merged[0][0] < 0 or merged[-1][1] > length:
-        return Reason.TRUNCATED_PROMPT
-    for start, end in merged:
-        if any(token < pad_floor and token not in bare_ids for token in input_ids[start:end]):
-            return Reason.SPAN_MISMATCH
-    if merged[-1][1] == length:
-        return Reason.NO_INSTRUCTION
-    n_visual = sum(end - start for start, end in merged)
-    return VisualPrompt(spans=merged, length=length, n_visual=n_visual)

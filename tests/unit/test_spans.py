@@ -14,11 +14,11 @@ from sglang.srt.managers.schedule_batch import (
 )
 
 from aircache_sglang.config import INSTRUCTION_LIMIT
+from aircache_sglang.runtime.decide import read_prompt
 from aircache_sglang.runtime.spans import (
     VisualPrompt,
     merge_spans,
     placeholder_runs,
-    read_prompt,
     read_spans,
 )
 
