@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,21 @@ def module() -> str:
     return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 
 
+def installed(distribution: str) -> str | None:
+    """Its version; None where it is not installed, as on a machine for the kernels alone."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def provenance() -> Row:
     """What every row carries beside its measurement."""
     return {
-        "version": version("aircache-sglang"),
-        "sglang": version("sglang"),
+        "version": installed("aircache-sglang"),
+        "sglang": installed("sglang"),
         "torch": version("torch"),
+        "triton": installed("triton"),
         "device": cpu_name(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "git": commit(),

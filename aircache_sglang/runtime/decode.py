@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.packing import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.table import CompressionTable, PoolReader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,12 +141,11 @@ def attend(
     return out.reshape(size, -1, head_dim)
 
 
-class TorchDecoder:
+class TorchDecoder(PoolReader):
     """Plans a decode step on the host and attends in torch; for the CPU."""
 
     def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
-        self.pool = pool
-        self.table = table
+        super().__init__(pool, table)
         self._cell_cache = CellCache()
         self._buckets: list[Bucket] = []
 

@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from aircache_sglang.runtime.decode import layer_cell_rows
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.row import text_positions
+from aircache_sglang.runtime.table import CompressionTable, PoolReader
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,12 +50,7 @@ class ExtendPlan:
 def plan_extend(job: ExtendJob, row: torch.Tensor, n_layers: int, pool_rows: int) -> ExtendPlan:
     """Read one request's slots; row: its entries in `req_to_token`."""
     record, prompt, device = job.record, job.record.intent.prompt, row.device
-    text = torch.cat(
-        [
-            torch.arange(prompt.start, device=device),
-            torch.arange(prompt.start + prompt.n_visual, job.end, device=device),
-        ]
-    )
+    text = text_positions(prompt, job.end, device)
     new = torch.arange(job.start, job.end, device=device)
     if record.cell_rows is None:
         record.cell_rows = layer_cell_rows(record, n_layers, pool_rows)
@@ -94,12 +90,11 @@ def attend_extend(
     return out[0].transpose(0, 1)
 
 
-class TorchExtender:
+class TorchExtender(PoolReader):
     """Plans a prefill on the host and attends in torch, a request at a time."""
 
     def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
-        self.pool = pool
-        self.table = table
+        super().__init__(pool, table)
         self._plans: list[ExtendPlan] = []
 
     def plan(self, jobs: Sequence[ExtendJob]) -> None:

@@ -14,7 +14,7 @@ import torch
 from aircache_kernels import OnePlanDecode, build_flashinfer_tables
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.table import CompressionTable, PoolReader
 
 WORKSPACE_BYTES = 128 << 20
 
@@ -37,7 +37,7 @@ def most_keys(
     return (seq_lens - torch.tensor(evicted)).to(torch.int32)
 
 
-class FlashInferDecoder:
+class FlashInferDecoder(PoolReader):
     """Plans once a step on the host, for all layers, and writes every layer's page table.
 
     A CUDA graph cannot replay the plan: decode runs eagerly (patches, support.py).
@@ -53,8 +53,7 @@ class FlashInferDecoder:
         scale: float,
     ) -> None:
         """n_q: query heads of this rank; scale: the softmax scale of all layers."""
-        self.pool = pool
-        self.table = table
+        super().__init__(pool, table)
         device, (_, _, n_kv, head_dim) = pool.k_all.device, pool.k_all.shape
         self._decode = OnePlanDecode(
             torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
@@ -66,7 +65,6 @@ class FlashInferDecoder:
             q_dtype=q_dtype,
             kv_dtype=pool.k_all.dtype,
             sm_scale=scale,
-            force_tensor_cores=True,
         )
         self._indices = torch.empty((pool.layer_num, 0), dtype=torch.int32, device=device)
 
@@ -81,12 +79,9 @@ class FlashInferDecoder:
         kv_indptr = torch.empty((n_layers, batch + 1), dtype=torch.int32, device=device)
         last_page_len = torch.empty(batch, dtype=torch.int32, device=device)
         build_flashinfer_tables(
-            self.table.req_to_token,
+            self.table.tables,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            self.table.gap_start,
-            self.table.gap_len,
-            self.table.cell_offset,
             rows=self.pool.rows,
             kv_indptr=kv_indptr,
             kv_indices=self._indices,

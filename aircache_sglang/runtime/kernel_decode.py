@@ -11,20 +11,24 @@ import torch
 from aircache_kernels import decode_attention
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.table import CompressionTable, PoolReader
 
 
-class KernelDecoder:
+class KernelDecoder(PoolReader):
     """Reads rows, lengths and table on the device in each launch, and so needs no plan.
 
     That is what makes it replayable in a CUDA graph: the captured launches hold the addresses of
     SGLang's static batch buffers and of the table. A padded row has request 0, which is never
     compressed.
+
+    batch_invariant: see `decode_attention`.
     """
 
-    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
-        self.pool = pool
-        self.table = table
+    def __init__(
+        self, pool: KVPlanes, table: CompressionTable, *, batch_invariant: bool = False
+    ) -> None:
+        super().__init__(pool, table)
+        self.batch_invariant = batch_invariant
 
     def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
         """Nothing to do."""
@@ -36,12 +40,9 @@ class KernelDecoder:
             self.pool.k_all,
             self.pool.v_all,
             layer.layer_id - self.pool.start_layer,
-            self.table.req_to_token,
+            self.table.tables,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            self.table.gap_start,
-            self.table.gap_len,
-            self.table.cell_offset,
             sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
+            batch_invariant=self.batch_invariant,
         )

@@ -10,20 +10,15 @@ import torch
 
 from aircache_kernels import extend_attention
 from aircache_sglang.runtime.extend import ExtendJob
-from aircache_sglang.runtime.kv_planes import KVPlanes
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.table import PoolReader
 from aircache_sglang.runtime.transfer import prefix_sums, to_device
 
 
-class KernelExtender:
+class KernelExtender(PoolReader):
     """All requests of a prefill that extend a replica in one launch a layer.
 
     Their slots are found through the live row and the table, in which they have been entered.
     """
-
-    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
-        self.pool = pool
-        self.table = table
 
     def plan(self, jobs: Sequence[ExtendJob]) -> None:
         """Bring the layout of one prefill to the device."""
@@ -44,13 +39,9 @@ class KernelExtender:
             self.pool.k_all,
             self.pool.v_all,
             layer.layer_id - self.pool.start_layer,
-            self.table.req_to_token,
+            self.table.tables,
             self._rows,
             self._seq_lens,
-            self.table.gap_start,
-            self.table.gap_len,
-            self.table.cell_offset,
             max_qo_len=self._most,
             sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
         )

@@ -18,13 +18,13 @@ from aircache_kernels import (
 )
 from aircache_kernels.validation import MAX_VISUAL
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation
-from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
-from aircache_sglang.runtime.record import Intent
-from aircache_sglang.runtime.stash import joined
+from aircache_sglang.runtime.compress import PassInputs, TorchPass
+from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.stash import Job, joined
 from aircache_sglang.runtime.transfer import indptr, vectors_to_device
 
 # window, alpha, elite, budget
-Group = tuple[str, float, str, str]
+Setting = tuple[str, float, str, str]
 
 
 def in_kernels(intent: Intent) -> bool:
@@ -40,6 +40,51 @@ def in_kernels(intent: Intent) -> bool:
     )
 
 
+class Group:
+    """Requests of one setting, and what the host knows of them on the device, in one transfer.
+
+    All int32: rows, starts (of the gaps), columns (m), each [B]; kv_indptr over visual tokens,
+    column_indptr and between_indptr, each [B + 1]. kv_indices: int64 [sum N_v], visual slots.
+    windows: for each scoring how many last instruction tokens of each request it looks at, and
+    their indptr; the second scoring is there only where the report needs one of its own.
+    """
+
+    def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
+        self.jobs, self.records = jobs, [job.record for job in jobs]
+        self.config = self.records[0].intent.config
+        prompts = [record.intent.prompt for record in self.records]
+        kv_lens = [prompt.n_visual for prompt in prompts]
+        self.m = [record.intent.columns for record in self.records]
+        self.most = max(kv_lens)
+        looks = [self.config.scoring_window()[0]]
+        if not self.config.scores_are_importance():
+            looks.append(INSTRUCTION_LIMIT)
+        qo_lens = [[min(look, job.q.shape[1]) for job in jobs] for look in looks]
+        found = vectors_to_device(
+            [
+                [record.row for record in self.records],
+                [prompt.start for prompt in prompts],
+                self.m,
+                indptr(kv_lens),
+                indptr(self.m),
+                indptr([prompt.n_between for prompt in prompts]),
+                *[indptr(lengths) for lengths in qo_lens],
+            ],
+            device,
+        )
+        self.rows, self.starts, self.columns = found[:3]
+        self.kv_indptr, self.column_indptr, self.between_indptr, *qo_indptrs = found[3:]
+        self.windows = list(zip(qo_lens, qo_indptrs, strict=True))
+        self.kv_indices = torch.cat(
+            [
+                part
+                for record, prompt in zip(self.records, prompts, strict=True)
+                for part in prompt.visual_parts(record.originals)
+            ]
+        )
+        self.column_indices = torch.cat([record.columns for record in self.records])
+
+
 class KernelPass:
     """The pass of the `aircache` policy by `aircache_kernels`, FlashInfer's ragged layouts.
 
@@ -49,126 +94,97 @@ class KernelPass:
     `TorchPass`.
     """
 
-    def __init__(self, cells: PassInputs) -> None:
-        self.cells = cells
-        self.torch_pass = TorchPass(cells)
+    def __init__(self, inputs: PassInputs) -> None:
+        self.inputs = inputs
+        self.torch_pass = TorchPass(inputs)
 
     def __call__(self, jobs: Sequence[Job]) -> None:
-        groups: dict[Group, list[Job]] = {}
+        groups: dict[Setting, list[Job]] = {}
         for job in jobs:
             config = job.record.intent.config
             if in_kernels(job.record.intent):
-                key = (config.window, config.alpha, config.elite, config.budget)
-                groups.setdefault(key, []).append(job)
+                setting = (config.window, config.alpha, config.elite, config.budget)
+                groups.setdefault(setting, []).append(job)
             else:
                 self.torch_pass([job])
         for members in groups.values():
-            self._compress(members)
+            self._compress(Group(members, self.inputs.k_all.device))
 
-    def _compress(self, jobs: list[Job]) -> None:
-        cells, device = self.cells, self.cells.k_all.device
-        records = [job.record for job in jobs]
-        prompts = [record.intent.prompt for record in records]
-        config = records[0].intent.config
-        window, alpha = config.scoring_window()
-        kv_lens = [prompt.n_visual for prompt in prompts]
-        columns = [record.intent.columns for record in records]
-        most = max(kv_lens)
-        # The windows of both scorings, the second one only where the report needs it.
-        windows = [window] if config.scores_are_importance() else [window, INSTRUCTION_LIMIT]
-        qo_lens = [[min(n, job.q.shape[1]) for job in jobs] for n in windows]
-        # All that the host knows in one transfer.
-        rows, starts, m, kv_indptr, column_indptr, between_indptr, *qo_indptrs = vectors_to_device(
-            [
-                [record.row for record in records],
-                [prompt.start for prompt in prompts],
-                columns,
-                indptr(kv_lens),
-                indptr(columns),
-                indptr([prompt.n_between for prompt in prompts]),
-                *[indptr(lengths) for lengths in qo_lens],
-            ],
-            device,
-        )
-        kv_indices = torch.cat(
-            [
-                part
-                for record, prompt in zip(records, prompts, strict=True)
-                for part in prompt.visual_parts(record.originals)
-            ]
-        )
-
-        def scored(lengths: list[int], qo_indptr: torch.Tensor, alpha: float) -> torch.Tensor:
-            """Importance float32 [L, H_kv, sum N_v] by the last instruction tokens of each."""
-            slots = [cells.instruction_slots(r, n) for r, n in zip(records, lengths, strict=True)]
-            return score(
-                joined([job.q[:, -n:] for job, n in zip(jobs, lengths, strict=True)]),
-                qo_indptr,
-                cells.k_all,
-                torch.cat(slots),
-                kv_indptr,
-                kv_indices,
-                max_qo_len=max(lengths),
-                max_kv_len=most,
-                sm_scale=cells.scale,
-                alpha=alpha,
-                elite=config.elite,
-            )
-
-        importance = scored(qo_lens[0], qo_indptrs[0], alpha)
+    def _compress(self, group: Group) -> None:
+        inputs = self.inputs
+        importance = self._score(group, 0, group.config.scoring_window()[1])
         weights = importance
-        if not config.scores_are_importance():
-            weights = scored(qo_lens[1], qo_indptrs[1], config.alpha)
-        statistics = importance_statistics(importance, kv_indptr, max_kv_len=most)
+        if len(group.windows) > 1:
+            weights = self._score(group, 1, group.config.alpha)
+        statistics = importance_statistics(importance, group.kv_indptr, max_kv_len=group.most)
         budgets, cell_offset = layer_budgets(
-            cells.heads.mean(statistics),
-            kv_indptr,
-            m,
-            budget=config.budget,
-            cell_offset=cells.table.cell_offset,
-            req_pool_indices=rows,
+            inputs.heads.mean(statistics),
+            group.kv_indptr,
+            group.columns,
+            budget=group.config.budget,
+            cell_offset=inputs.table.cell_offset,
+            req_pool_indices=group.rows,
         )
-        n_layers, _, n_kv, _ = cells.k_all.shape
-        masses = statistics.new_empty(len(jobs), n_layers, n_kv)
+        masses = statistics.new_empty(len(group.jobs), *importance.shape[:2])
         selected = select(
             importance,
-            kv_indptr,
+            group.kv_indptr,
             cell_offset,
-            column_indptr,
-            total_columns=sum(columns),
-            max_kv_len=most,
+            group.column_indptr,
+            total_columns=sum(group.m),
+            max_kv_len=group.most,
             weights=weights,
             mass=masses,
         )
-        column_indices = torch.cat([record.columns for record in records])
         pack(
-            cells.k_all,
-            cells.v_all,
+            inputs.k_all,
+            inputs.v_all,
             selected,
-            kv_indptr,
-            kv_indices,
+            group.kv_indptr,
+            group.kv_indices,
             cell_offset,
-            column_indptr,
-            column_indices,
-            max_columns=max(columns),
+            group.column_indptr,
+            group.column_indices,
+            max_columns=max(group.m),
         )
+        between = [part for record in group.records for part in inputs.copy_text_between(record)]
         lay_out_rows(
-            cells.table.req_to_token,
-            rows,
-            starts,
-            kv_indptr,
-            column_indptr,
-            column_indices,
-            between_indptr,
-            torch.cat([part for record in records for part in cells.copy_text_between(record)]),
-            cells.table.gap_start,
-            cells.table.gap_len,
+            inputs.table.tables,
+            group.rows,
+            group.starts,
+            group.kv_indptr,
+            group.column_indptr,
+            group.column_indices,
+            group.between_indptr,
+            torch.cat(between),
         )
-        bounds = itertools.pairwise(indptr(columns))
-        kept = [selected[:, n_layers * first : n_layers * last] for first, last in bounds]
+        self._finish(group, budgets, masses, selected)
+
+    def _score(self, group: Group, window: int, alpha: float) -> torch.Tensor:
+        """Importance float32 [L, H_kv, sum N_v] by one of the group's windows."""
+        inputs, (lengths, qo_indptr) = self.inputs, group.windows[window]
+        looked = list(zip(group.jobs, lengths, strict=True))
+        return score(
+            joined([job.q[:, -n:] for job, n in looked]),
+            qo_indptr,
+            inputs.k_all,
+            torch.cat([inputs.instruction_slots(job.record, n) for job, n in looked]),
+            group.kv_indptr,
+            group.kv_indices,
+            max_qo_len=max(lengths),
+            max_kv_len=group.most,
+            sm_scale=inputs.scale,
+            alpha=alpha,
+            elite=group.config.elite,
+        )
+
+    def _finish(
+        self, group: Group, budgets: torch.Tensor, masses: torch.Tensor, selected: torch.Tensor
+    ) -> None:
+        """Send what will be reported to the host."""
         host_budgets = budgets.to("cpu", non_blocking=True)
-        host_masses = cells.heads.mean(masses.mean(dim=(1, 2))).to("cpu", non_blocking=True)
-        for record, layers, chosen, mass in zip(
-            records, host_budgets, kept, host_masses, strict=True
-        ):
-            cells.keep(record, layers, chosen, mass)
+        mass = self.inputs.heads.mean(masses.mean(dim=(1, 2))).to("cpu", non_blocking=True)
+        n_layers, bounds = budgets.shape[1], itertools.pairwise(indptr(group.m))
+        for i, (first, last) in enumerate(bounds):
+            mine = selected[:, n_layers * first : n_layers * last]
+            self.inputs.finish(group.records[i], host_budgets[i], mass[i], mine)

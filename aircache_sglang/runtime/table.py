@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from aircache_kernels import Tables
+from aircache_sglang.runtime.kv_planes import KVPlanes
+
 
 class CompressionTable:
     """Device tensors keyed by `req_pool_idx`; a row with gap_len 0 is uncompressed.
@@ -30,6 +33,11 @@ class CompressionTable:
         self.gap_len = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.cell_offset = torch.zeros((n_rows, n_layers + 1), dtype=torch.int32, device=device)
 
+    @property
+    def tables(self) -> Tables:
+        """As the kernels take them."""
+        return Tables(self.req_to_token, self.gap_start, self.gap_len, self.cell_offset)
+
     def clear(self, rows: torch.Tensor) -> None:
         """Mark rows (int64 [n]) as uncompressed; called for the rows of every prefill."""
         self.gap_len.index_fill_(0, rows, 0)
@@ -39,3 +47,11 @@ class CompressionTable:
         self.gap_start[row] = gap_start
         self.gap_len[row] = gap_len
         self.cell_offset[row, 1:] = budgets.cumsum(0)
+
+
+class PoolReader:
+    """What attends over a pool through its table: the decoders and extenders."""
+
+    def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
+        self.pool = pool
+        self.table = table

@@ -13,38 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aircache_kernels.budgets import importance_statistics, layer_budgets
-    from aircache_kernels.decode import DecodeConfig, build_text_csr, decode_attention
+    from aircache_kernels.decode import DecodeConfig, decode_attention
     from aircache_kernels.extend import extend_attention
-    from aircache_kernels.flashinfer_decode import OnePlanDecode
-    from aircache_kernels.flashinfer_tables import build_flashinfer_tables
+    from aircache_kernels.flashinfer.one_plan import OnePlanDecode
+    from aircache_kernels.flashinfer.tables import build_flashinfer_tables
     from aircache_kernels.packing import pack
     from aircache_kernels.rows import lay_out_rows
     from aircache_kernels.scoring import score
     from aircache_kernels.selection import select
+    from aircache_kernels.tables import Tables
 
 _HOME = {
+    "Tables": "tables",
     "score": "scoring",
     "importance_statistics": "budgets",
     "layer_budgets": "budgets",
     "select": "selection",
     "pack": "packing",
     "lay_out_rows": "rows",
-    "build_text_csr": "decode",
     "decode_attention": "decode",
     "DecodeConfig": "decode",
     "extend_attention": "extend",
-    "build_flashinfer_tables": "flashinfer_tables",
-    "OnePlanDecode": "flashinfer_decode",
+    "build_flashinfer_tables": "flashinfer.tables",
+    "OnePlanDecode": "flashinfer.one_plan",
 }
 
 __all__ = [
+    "Tables",
     "score",
     "importance_statistics",
     "layer_budgets",
     "select",
     "pack",
     "lay_out_rows",
-    "build_text_csr",
     "decode_attention",
     "DecodeConfig",
     "extend_attention",

@@ -18,6 +18,8 @@ from aircache_kernels.launch import power_of_2
 
 BUDGET_MODES = ("aircache", "uniform", "strength", "skewness")
 MAX_LAYERS = 256
+# Of `importance_statistics`; one number, so that no other request of the batch changes a sum.
+_BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["total_visual"])
@@ -175,9 +177,7 @@ def _budgets_fwd_kernel(  # type: ignore[no-untyped-def]
 _FLAT = 8 * torch.finfo(torch.float32).eps
 
 
-def importance_statistics(
-    importance: Tensor, kv_indptr: Tensor, *, max_kv_len: int, out: Tensor | None = None
-) -> Tensor:
+def importance_statistics(importance: Tensor, kv_indptr: Tensor, *, max_kv_len: int) -> Tensor:
     """Strength (eq. 9) and skewness (eq. 10) of every request and layer, mean over KV heads.
 
     A head's skewness counts as 0 where it is negative, where N_v < 3 and where its scores are equal
@@ -187,7 +187,6 @@ def importance_statistics(
         importance: float32 [L, H_kv, total_visual] of `score`.
         kv_indptr: int32 [B + 1].
         max_kv_len: the most visual tokens of a request.
-        out: float64 [B, 2, L] to write to.
     Returns:
         float64 [B, 2, L]: row 0 strength, row 1 skewness.
     """
@@ -199,11 +198,10 @@ def importance_statistics(
     check.contiguous("kv_indptr", kv_indptr)
     batch = check.int_in("batch size", kv_indptr.shape[0] - 1, 1)
     check.int_in("max_kv_len", max_kv_len, 1, check.MAX_VISUAL)
-    out = check.output_of("out", out, (batch, 2, n_layers), torch.float64, device)
-    block = min(power_of_2(max_kv_len, 16), 2048)
+    out = torch.empty(batch, 2, n_layers, dtype=torch.float64, device=device)
     _statistics_fwd_kernel[(n_layers, batch)](
         importance, kv_indptr, out, total_visual, n_layers,
-        H_KV=n_kv, FLAT=_FLAT, BLOCK=block, num_warps=8,
+        H_KV=n_kv, FLAT=_FLAT, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return out
 

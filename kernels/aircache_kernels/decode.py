@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over two streams: text tokens, and the packed cells of one layer.
 
-`build_text_csr` runs once a step and serves every layer: the slots of all tokens outside the gaps.
-`decode_attention` runs once a layer: stage 1 walks a share of text and cells (split KV), stage 2
-merges the shares. Compressed and uncompressed requests go through the same launch; a request with
-gap_len 0 has all its tokens in the text stream. All addresses are 64 bits wide.
+Stage 1 walks tiles of keys, text and cells alike; stage 2 merges the tiles of a request. How a
+request is cut follows from its own number of keys, so that its result does not depend on what else
+is in the batch, and no program has more than its share of all tiles: a long uncompressed request
+among short packed ones keeps no multiprocessor busy alone. Lengths are read on the device, so that
+a CUDA graph replays. A request with gap_len 0 has all its tokens in the text stream. All addresses
+are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -18,10 +20,21 @@ from torch import Tensor
 
 from aircache_kernels import validation as check
 from aircache_kernels.launch import dot_dtype, multiprocessors, power_of_2
-from aircache_kernels.streams import attend_cells, attend_text, read_cells, read_request
+from aircache_kernels.streams import (
+    attend_cells,
+    attend_text,
+    read_cells,
+    read_lengths,
+    read_request,
+)
+from aircache_kernels.tables import Tables
 
-_CSR_CHUNKS = 8
-_MAX_SPLITS = 64
+TILE = 256  # keys; a request of more than TILE * most keys has longer tiles
+MOST_TILES = 64  # of a request: stage 2 holds them all in registers
+# Partial results of one launch, where the batch may decide into how many tiles a request is cut.
+_PARTS = 4096
+_FEWEST = 8
+_PROGRAMS = 4  # of stage 1, a multiprocessor
 
 
 class DecodeConfig(NamedTuple):
@@ -33,159 +46,102 @@ class DecodeConfig(NamedTuple):
 
 
 @triton.jit
-def _text_csr_kernel(  # type: ignore[no-untyped-def]
-    req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, indptr, indices,
-    stride_r, capacity, batch, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grid (B, chunks)"""
-    b = tl.program_id(0)
-    others = tl.arange(0, BLOCK_B)
-    rows = tl.load(req_pool_indices + others, mask=others < batch, other=0).to(tl.int64)
-    lengths = tl.load(seq_lens + others, mask=others < batch, other=0).to(tl.int32)
-    lengths -= tl.load(gap_len + rows, mask=others < batch, other=0)
-    begin = tl.sum(tl.where(others < b, lengths, 0), 0)
-    row, gap_first, gap, n = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
-    if tl.program_id(1) == 0:
-        tl.store(indptr + b + 1, begin + n)
-        if b == 0:
-            tl.store(indptr, 0)
-    for start in range(tl.program_id(1) * BLOCK, n, BLOCK * tl.num_programs(1)):
-        j = start + tl.arange(0, BLOCK)
-        position = j + tl.where(j >= gap_first, gap, 0)
-        slot = tl.load(req_to_token + row * stride_r + position, mask=j < n, other=0)
-        tl.store(indices + begin + j, slot, mask=(j < n) & (begin + j < capacity))
+def _cut(n, most, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys of a tile, and tiles, of a request with n >= 1 keys."""
+    length = tl.cdiv(n, TILE * most) * TILE
+    return length, tl.cdiv(n, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "batch", "most"])
 def _decode_stage1_kernel(  # type: ignore[no-untyped-def]
     q, k_all, v_all, req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
-    text_indptr, text_indices, part_out, part_lse, layer,
+    part_out, part_lse, layer, batch, most,
     stride_qb, stride_qh, stride_kl, stride_kr, stride_kh, stride_vl, stride_vr, stride_vh,
-    stride_r, scale, logit_cap,
+    stride_r, scale,
     L: tl.constexpr, H_Q: tl.constexpr, GROUP: tl.constexpr, HEAD_TILES: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_CSR: tl.constexpr, HAS_CAP: tl.constexpr, DOT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """grid (B, H_kv * head tiles, splits)"""
-    b = tl.program_id(0)
-    kv_head = (tl.program_id(1) // HEAD_TILES).to(tl.int64)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    local = (tl.program_id(1) % HEAD_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
-    heads = kv_head * GROUP + local
-    row, gap_first, gap, n_text = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
+    """grid (programs,); an item is (tile of a request, KV head, tile of its heads)"""
     layer = tl.cast(layer, tl.int64)
-    first_cell, n_cells = read_cells(cell_offset, row, layer, gap, L)
-    n = n_text + n_cells
-    # shares are whole tiles; a share may hold the end of the text and the first cells
-    share = tl.cdiv(tl.cdiv(n, splits), BLOCK_N) * BLOCK_N
-    begin = split * share
-    end = tl.minimum(begin + share, n)
     d = tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    at = (b.to(tl.int64) * H_Q + heads) * splits + split
-    if begin < end:
+    others = tl.arange(0, BLOCK_B)
+    lengths = read_lengths(
+        others, batch, layer, req_pool_indices, seq_lens, gap_len, cell_offset, L
+    )
+    tile_keys, tiles = _cut(tl.maximum(lengths, 1), most, TILE)
+    tiles = tl.where(others < batch, tiles, 0)
+    ends = tl.cumsum(tiles, 0)
+    heads_of_all: tl.constexpr = (H_Q // GROUP) * HEAD_TILES
+    items = tl.sum(tiles, 0) * heads_of_all
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        index = item // heads_of_all
+        b = tl.sum((ends <= index).to(tl.int32), 0)
+        here = others == b
+        tile = index - tl.sum(tl.where(here, ends - tiles, 0), 0)
+        keys = tl.sum(tl.where(here, tile_keys, 0), 0)
+        kv_head = tl.cast(item % heads_of_all // HEAD_TILES, tl.int64)
+        local = (item % HEAD_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
+        heads = kv_head * GROUP + local
+        row, gap_first, gap, n_text = read_request(
+            b, req_pool_indices, seq_lens, gap_start, gap_len
+        )
+        first_cell, n_cells = read_cells(cell_offset, row, layer, gap, L)
+        begin = tile * keys
+        end = tl.minimum(begin + keys, n_text + n_cells)
+        known = (local[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
         q_tile = tl.load(
             q + b.to(tl.int64) * stride_qb + heads[:, None] * stride_qh + d[None, :],
-            mask=(local[:, None] < GROUP) & (d[None, :] < HEAD_DIM),
+            mask=known,
             other=0.0,
         ).to(DOT)
+        top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_H], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
         table = req_to_token + row * stride_r
-        text, text_gap = table, gap
-        if HAS_CSR:
-            text, text_gap = text_indices + tl.load(text_indptr + b), 0
         k_base = kv_head * stride_kh
         v_base = kv_head * stride_vh
         top, total, acc = attend_text(
             q_tile, k_all, v_all, k_base + layer * stride_kl, v_base + layer * stride_vl,
-            stride_kr, stride_vr, text, gap_first, text_gap, begin, tl.minimum(end, n_text),
-            None, top, total, acc, scale, logit_cap,
-            HEAD_DIM, BLOCK_N, BLOCK_D, HAS_CAP, DOT, False,
+            stride_kr, stride_vr, table, gap_first, gap, begin, tl.minimum(end, n_text),
+            None, top, total, acc, scale, HEAD_DIM, BLOCK_N, BLOCK_D, DOT, False,
         )  # fmt: skip
         top, total, acc = attend_cells(
             q_tile, k_all, v_all, k_base, v_base, stride_kl, stride_kr, stride_vl, stride_vr,
             table + gap_first, first_cell + tl.maximum(begin - n_text, 0),
-            first_cell + end - n_text, top, total, acc, scale, logit_cap,
-            L, HEAD_DIM, BLOCK_N, BLOCK_D, HAS_CAP, DOT,
+            first_cell + end - n_text, top, total, acc, scale,
+            L, HEAD_DIM, BLOCK_N, BLOCK_D, DOT,
         )  # fmt: skip
-        tl.store(
-            part_out + at[:, None] * HEAD_DIM + d[None, :],
-            acc / total[:, None],
-            mask=(local[:, None] < GROUP) & (d[None, :] < HEAD_DIM),
-        )
+        at = (b.to(tl.int64) * most + tile) * H_Q + heads
+        tl.store(part_out + at[:, None] * HEAD_DIM + d[None, :], acc / total[:, None], mask=known)
         tl.store(part_lse + at, top + tl.log(total), mask=local < GROUP)
-    else:
-        tl.store(part_lse + at, top, mask=local < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "most"])
 def _decode_stage2_kernel(  # type: ignore[no-untyped-def]
-    part_out, part_lse, out, lse, stride_ob, stride_oh, splits, v_scale,
-    H_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LSE: tl.constexpr,
+    part_out, part_lse, out, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
+    layer, most, stride_ob, stride_oh,
+    L: tl.constexpr, H_Q: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grid (B, H_q)"""
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(0)
     head = tl.program_id(1)
+    row, _, gap, n_text = read_request(b, req_pool_indices, seq_lens, gap_start, gap_len)
+    _, n_cells = read_cells(cell_offset, row, tl.cast(layer, tl.int64), gap, L)
+    _, tiles = _cut(tl.maximum(n_text + n_cells, 1), most, TILE)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    at = (b * H_Q + head) * splits + s
-    part = tl.load(part_lse + at, mask=s < splits, other=float("-inf"))
-    some = part > float("-inf")
-    top = tl.max(part, 0)
-    top = tl.where(top > float("-inf"), top, 0.0)
-    weight = tl.where(some, tl.exp(part - top), 0.0)
-    total = tl.sum(weight, 0)
-    # a split without keys has written no output: it is not read
+    at = (b.to(tl.int64) * most + s) * H_Q + head
+    part = tl.load(part_lse + at, mask=s < tiles, other=float("-inf"))
     values = tl.load(
         part_out + at[:, None] * HEAD_DIM + d[None, :],
-        mask=some[:, None] & (d[None, :] < HEAD_DIM),
+        mask=(s[:, None] < tiles) & (d[None, :] < HEAD_DIM),
         other=0.0,
     )
-    seen = tl.where(total > 0.0, total, 1.0)
-    merged = tl.sum(values * weight[:, None], 0) / seen * v_scale
-    tl.store(out + b * stride_ob + head * stride_oh + d, merged, mask=d < HEAD_DIM)
-    if HAS_LSE:
-        value = tl.where(total > 0.0, top + tl.log(seen), float("-inf"))
-        tl.store(lse + b * H_Q + head, value)
-
-
-def build_text_csr(
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    *,
-    text_indptr: Tensor,
-    text_indices: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Slots of the tokens outside the gaps, shared by all layers. One launch, no host sync.
-
-    Args:
-        req_to_token: int32 [R, max_context].
-        req_pool_indices: int32 or int64 [bs], rows of the tables.
-        seq_lens: int32 or int64 [bs], logical lengths.
-        gap_start, gap_len: int32 [R]; gap_len 0 is uncompressed.
-        text_indptr: int32 [bs + 1], written.
-        text_indices: int32 [capacity], written from 0; never past its end.
-    Returns:
-        text_indptr, text_indices.
-    """
-    batch = check.requests_of(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
-    device = req_to_token.device
-    check.tensor_of("text_indptr", text_indptr, (batch + 1,), torch.int32, device)
-    check.contiguous("text_indptr", text_indptr)
-    check.tensor_of("text_indices", text_indices, ("capacity",), torch.int32, device)
-    check.contiguous("text_indices", text_indices)
-    _text_csr_kernel[(batch, _CSR_CHUNKS)](
-        req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, text_indptr, text_indices,
-        req_to_token.stride(0), text_indices.shape[0], batch,
-        BLOCK_B=power_of_2(batch, 16), BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return text_indptr, text_indices
+    weight = tl.exp(part - tl.max(part, 0))
+    merged = tl.sum(values * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + b.to(tl.int64) * stride_ob + head * stride_oh + d, merged, mask=d < HEAD_DIM)
 
 
 def default_config(block_h: int, block_d: int, q_item_size: int) -> DecodeConfig:
@@ -197,9 +153,11 @@ def default_config(block_h: int, block_d: int, q_item_size: int) -> DecodeConfig
     return DecodeConfig(block_n, num_warps, num_stages=1 if wide else 3 if block_d <= 128 else 2)
 
 
-def default_kv_splits(batch: int, head_tiles: int, device: torch.device) -> int:
-    """Splits that give each multiprocessor about four programs, at most 64."""
-    return max(1, min(_MAX_SPLITS, 4 * multiprocessors(device) // (batch * head_tiles)))
+def most_tiles(batch: int, *, batch_invariant: bool) -> int:
+    """Tiles that a request may be cut into; all the same number where batches must not matter."""
+    if batch_invariant:
+        return MOST_TILES
+    return max(_FEWEST, min(MOST_TILES, _PARTS // batch))
 
 
 def decode_attention(
@@ -207,93 +165,64 @@ def decode_attention(
     k_all: Tensor,
     v_all: Tensor,
     layer: int,
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    cell_offset: Tensor,
     *,
     sm_scale: float,
-    logit_cap: float = 0.0,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
-    text_indptr: Tensor | None = None,
-    text_indices: Tensor | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    num_kv_splits: int | None = None,
+    batch_invariant: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Attention of one new query per request over its text and its packed cells in one layer.
 
     Two launches, no host sync. Row 0 of the tables is uncompressed, so padded rows of a CUDA graph
-    (req_pool_idx 0, seq_len 1) read one slot and give a finite result.
+    (req_pool_idx 0, seq_len 1) read one slot and give a finite result. Scratch: 4 * bs * most *
+    H_q * (D + 1) bytes of `most_tiles`.
 
     Args:
-        q: [bs, H_q, D]; float32, float16 or bfloat16.
+        q: [bs, H_q, D]; float32, float16 or bfloat16; last dimension contiguous.
         k_all, v_all: [L, rows, H_kv, D]: dtype of q, or float8_e4m3fn.
         layer: whose planes and cells are read, 0 <= layer < L.
-        req_to_token: int32 [R, max_context].
+        tables: of R requests.
         req_pool_indices: int32 or int64 [bs], rows of the tables.
         seq_lens: int32 or int64 [bs], logical lengths, the new token included.
-        gap_start, gap_len: int32 [R], the visual span of a compressed request; gap_len 0 is
-            uncompressed. Columns are the slots req_to_token[r, gap_start + c].
-        cell_offset: int32 [R, L + 1], prefix sums of the layer budgets.
         sm_scale: softmax scale.
-        logit_cap: cap of cap * tanh(logit / cap); 0 for none.
-        k_scale, v_scale: what fp8 keys and values are multiplied by.
-        text_indptr, text_indices: from `build_text_csr` of this step; None reads req_to_token.
-        out: [bs, H_q, D] of q's dtype to write to; last dimension contiguous.
-        lse: float32 [bs, H_q], the natural log-sum-exp, written if given.
-        num_kv_splits: how many programs share a request's keys, at most 64; None chooses by bs.
+        batch_invariant: a request's result is the same, bit for bit, in every batch; costs scratch
+            in large ones. Without it, it is the same in every batch of up to 64 requests, and in
+            all of one size.
         config: launch shape of stage 1.
     Returns:
-        out.
+        [bs, H_q, D] of q's dtype.
     Raises:
         ValueError: a shape, dtype, device or value is not as above.
     """
-    out = check.attention_of(
-        q, None, k_all, v_all, layer, req_to_token, req_pool_indices, seq_lens,
-        gap_start, gap_len, cell_offset, out,
-    )  # fmt: skip
-    n_layers, n_kv = k_all.shape[0], k_all.shape[2]
+    check.attention_of(q, None, k_all, v_all, layer, tables, req_pool_indices, seq_lens)
+    scale = check.finite("sm_scale", sm_scale)
+    n_layers, _, n_kv, _ = k_all.shape
     batch, n_q, head_dim = q.shape
     group, device = n_q // n_kv, q.device
-    if (text_indptr is None) != (text_indices is None):
-        raise ValueError("text_indptr and text_indices must be given together")
-    if text_indptr is not None and text_indices is not None:
-        check.tensor_of("text_indptr", text_indptr, (batch + 1,), torch.int32, device)
-        check.tensor_of("text_indices", text_indices, ("capacity",), torch.int32, device)
-        check.contiguous("text_indices", text_indices)
-    scale, cap = check.logits_of(sm_scale, k_scale, logit_cap)
-    if lse is not None:
-        check.tensor_of("lse", lse, (batch, n_q), torch.float32, device)
-        check.contiguous("lse", lse)
-
     block_h = min(64, power_of_2(group, 16))
     head_tiles = triton.cdiv(group, block_h)
-    splits = num_kv_splits
-    if splits is None:
-        splits = default_kv_splits(batch, n_kv * head_tiles, device)
-    check.int_in("num_kv_splits", splits, 1, _MAX_SPLITS)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
-    part_out = torch.empty(batch, n_q, splits, head_dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(batch, n_q, splits, dtype=torch.float32, device=device)
-    _decode_stage1_kernel[(batch, n_kv * head_tiles, splits)](
+    most = most_tiles(batch, batch_invariant=batch_invariant)
+    part_out = torch.empty(batch, most, n_q, head_dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(batch, most, n_q, dtype=torch.float32, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    programs = min(_PROGRAMS * multiprocessors(device), batch * most * n_kv * head_tiles)
+    req_to_token, gap_start, gap_len, cell_offset = tables
+    _decode_stage1_kernel[(programs,)](
         q, k_all, v_all, req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
-        text_indptr, text_indices, part_out, part_lse, layer,
-        *q.stride()[:2], *k_all.stride()[:3], *v_all.stride()[:3], req_to_token.stride(0),
-        scale, cap,
-        L=n_layers, H_Q=n_q, GROUP=group, HEAD_TILES=head_tiles, HEAD_DIM=head_dim,
-        BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d,
-        HAS_CSR=text_indptr is not None, HAS_CAP=cap > 0.0, DOT=dot_dtype(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        part_out, part_lse, layer, batch, most,
+        *q.stride()[:2], *k_all.stride()[:3], *v_all.stride()[:3], req_to_token.stride(0), scale,
+        L=n_layers, H_Q=n_q, GROUP=group, HEAD_TILES=head_tiles, HEAD_DIM=head_dim, TILE=TILE,
+        BLOCK_B=power_of_2(batch, 16), BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d,
+        DOT=dot_dtype(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _decode_stage2_kernel[(batch, n_q)](
-        part_out, part_lse, out, lse, *out.stride()[:2], splits, float(v_scale),
-        H_Q=n_q, HEAD_DIM=head_dim, BLOCK_S=power_of_2(splits), BLOCK_D=block_d,
-        HAS_LSE=lse is not None, num_warps=4,
+        part_out, part_lse, out, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
+        layer, most, *out.stride()[:2],
+        L=n_layers, H_Q=n_q, HEAD_DIM=head_dim, TILE=TILE, BLOCK_S=power_of_2(most),
+        BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     return out

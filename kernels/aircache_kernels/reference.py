@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aircache_kernels.tables import Tables
+
 
 def elite_mask_reference(
     q: Tensor,
@@ -24,7 +26,6 @@ def elite_mask_reference(
     sm_scale: float,
     alpha: float = 0.9,
     elite: str = "per-head",
-    k_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Elite instruction tokens (eqs. 4, 5): bool [L, H_q, total_qo]; arguments as in `score`."""
@@ -36,7 +37,7 @@ def elite_mask_reference(
         if start == end:
             continue
         # [L, n, H_kv, D] -> [L, H_q, n, D]
-        keys = k_all[:, text_indices[start:end].long()].to(dtype) * k_scale
+        keys = k_all[:, text_indices[start:end].long()].to(dtype)
         keys = keys.permute(0, 2, 1, 3).repeat_interleave(group, dim=1)
         logits = torch.matmul(keys, q[:, end - 1].to(dtype).unsqueeze(-1)).squeeze(-1) * sm_scale
         rows = torch.softmax(logits, dim=-1)  # last row of A_tt, [L, H_q, n]
@@ -57,7 +58,6 @@ def score_reference(
     sm_scale: float,
     alpha: float = 0.9,
     elite: str = "per-head",
-    k_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
     elite_mask: Tensor | None = None,
 ) -> Tensor:
@@ -71,7 +71,7 @@ def score_reference(
     if elite_mask is None:
         elite_mask = elite_mask_reference(
             q, qo_indptr, k_all, text_indices,
-            sm_scale=sm_scale, alpha=alpha, elite=elite, k_scale=k_scale, dtype=dtype,
+            sm_scale=sm_scale, alpha=alpha, elite=elite, dtype=dtype,
         )  # fmt: skip
     out = torch.zeros(n_layers, n_kv, kv_indices.shape[0], dtype=dtype, device=q.device)
     text, visual = qo_indptr.tolist(), kv_indptr.tolist()
@@ -80,8 +80,8 @@ def score_reference(
         if t0 == t1:
             continue
         for layer in range(n_layers):
-            k_text = k_all[layer, text_indices[t0:t1].long()].to(dtype) * k_scale
-            k_visual = k_all[layer, kv_indices[v0:v1].long()].to(dtype) * k_scale
+            k_text = k_all[layer, text_indices[t0:t1].long()].to(dtype)
+            k_visual = k_all[layer, kv_indices[v0:v1].long()].to(dtype)
             for head in range(n_q):
                 window = elite_mask[layer, head, t0:t1]
                 queries = q[layer, t0:t1, head][window].to(dtype)
@@ -198,7 +198,7 @@ def mass_reference(weights: Tensor, kv_indptr: Tensor, selected: Tensor, budgets
 
 
 def rows_reference(
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     starts: Tensor,
     kv_indptr: Tensor,
@@ -206,20 +206,19 @@ def rows_reference(
     column_indices: Tensor,
     between_indptr: Tensor,
     between_indices: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of req_to_token, gap_start and gap_len after `lay_out_rows`."""
-    table, starts_out, lengths_out = req_to_token.clone(), gap_start.clone(), gap_len.clone()
+) -> Tables:
+    """Copies of the tables after `lay_out_rows`."""
+    after = Tables(*(part.clone() for part in tables))
     columns, between = column_indptr.tolist(), between_indptr.tolist()
     lengths = kv_indptr.diff().tolist()
     for b, (row, start) in enumerate(zip(req_pool_indices.tolist(), starts.tolist(), strict=True)):
         packed = column_indices[columns[b] : columns[b + 1]].tolist()
         text = between_indices[between[b] : between[b + 1]].tolist()
         entries = packed + [0] * (lengths[b] - len(packed)) + text
-        table[row, start : start + len(entries)] = torch.tensor(entries, dtype=torch.int32)
-        starts_out[row], lengths_out[row] = start, lengths[b]
-    return table, starts_out, lengths_out
+        entries_on = torch.tensor(entries, dtype=torch.int32)
+        after.req_to_token[row, start : start + len(entries)] = entries_on
+        after.gap_start[row], after.gap_len[row] = start, lengths[b]
+    return after
 
 
 def cell_address_reference(cell: int, n_layers: int) -> tuple[int, int]:
@@ -259,18 +258,16 @@ def physical_rows_reference(
     n_layers: int,
     rows: int,
     layer: int,
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    cell_offset: Tensor,
 ) -> list[Tensor]:
     """Absolute rows (plane * rows + slot) that each request attends to in one layer.
 
     Text first (tokens outside the gap, in order), then the layer's packed cells.
     """
     found: list[Tensor] = []
+    req_to_token, gap_start, gap_len, cell_offset = tables
     requests, lengths = req_pool_indices.tolist(), seq_lens.tolist()
     for request, length in zip(requests, lengths, strict=True):
         table = req_to_token[request].long()
@@ -294,78 +291,45 @@ def extend_attention_reference(
     k_all: Tensor,
     v_all: Tensor,
     layer: int,
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    cell_offset: Tensor,
     *,
     sm_scale: float,
-    logit_cap: float = 0.0,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Attention of the last tokens of each request, [total_qo, H_q, D]; LSE [total_qo, H_q].
+) -> Tensor:
+    """Attention of the last tokens of each request, [total_qo, H_q, D].
 
     Each sees the text up to itself and all packed cells; arguments as in `extend_attention`.
     """
     n_layers, rows, n_kv, head_dim = k_all.shape
     total, n_q, _ = q.shape
     group = n_q // n_kv
-    absolute = physical_rows_reference(
-        n_layers, rows, layer, req_to_token, req_pool_indices, seq_lens,
-        gap_start, gap_len, cell_offset,
-    )  # fmt: skip
-    n_text = (seq_lens - gap_len[req_pool_indices.long()]).tolist()
+    absolute = physical_rows_reference(n_layers, rows, layer, tables, req_pool_indices, seq_lens)
+    n_text = (seq_lens - tables.gap_len[req_pool_indices.long()]).tolist()
     out = torch.zeros(total, n_q, head_dim, dtype=dtype, device=q.device)
-    lse = torch.full((total, n_q), float("-inf"), dtype=dtype, device=q.device)
     for b, (first, last) in enumerate(pairwise(qo_indptr.tolist())):
         plane, slot = absolute[b] // rows, absolute[b] % rows
-        keys = k_all[plane, slot].to(dtype) * k_scale  # [n, H_kv, D]
-        values = v_all[plane, slot].to(dtype) * v_scale
+        keys = k_all[plane, slot].to(dtype)  # [n, H_kv, D]
+        values = v_all[plane, slot].to(dtype)
         keys = keys.repeat_interleave(group, dim=1).transpose(0, 1)
         values = values.repeat_interleave(group, dim=1).transpose(0, 1)
         place = torch.arange(keys.shape[1], device=q.device)
         for token in range(first, last):
             seen = (place <= n_text[b] - (last - token)) | (place >= n_text[b])
             logits = torch.matmul(keys, q[token].to(dtype).unsqueeze(-1)).squeeze(-1) * sm_scale
-            if logit_cap > 0.0:
-                logits = logit_cap * torch.tanh(logits / logit_cap)
             logits = logits.masked_fill(~seen, float("-inf"))
-            lse[token] = torch.logsumexp(logits, dim=-1)
             weights = torch.softmax(logits, -1).unsqueeze(1)
             out[token] = torch.matmul(weights, values).squeeze(1)
-    return out, lse
+    return out
 
 
 def decode_attention_reference(
-    q: Tensor, k_all: Tensor, v_all: Tensor, layer: int, *tables: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention of one query per request, [bs, H_q, D], and its natural-log LSE [bs, H_q].
+    q: Tensor, k_all: Tensor, v_all: Tensor, layer: int, *requests: Any, **options: Any
+) -> Tensor:
+    """Attention of one query per request, [bs, H_q, D].
 
     The extension of each request by one token; arguments as in `decode_attention`.
     """
     one_each = torch.arange(q.shape[0] + 1)
-    return extend_attention_reference(q, one_each, k_all, v_all, layer, *tables, **options)
-
-
-def text_csr_reference(
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """text_indptr int32 [bs + 1] and the slots of the tokens outside the gaps, int32."""
-    parts: list[Tensor] = []
-    for request, length in zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True):
-        start, gap = int(gap_start[request]), int(gap_len[request])
-        table = req_to_token[request]
-        if gap == 0:
-            parts.append(table[:length])
-        else:
-            parts.append(torch.cat((table[:start], table[start + gap : length])))
-    sizes = torch.tensor([0] + [part.shape[0] for part in parts], device=req_to_token.device)
-    return sizes.cumsum(0).to(torch.int32), torch.cat(parts).to(torch.int32)
+    return extend_attention_reference(q, one_each, k_all, v_all, layer, *requests, **options)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aircache_kernels import validation as check
+from aircache_kernels.tables import Tables
 
 _BLOCK = 1024
 
@@ -40,7 +41,7 @@ def _rows_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def lay_out_rows(
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     starts: Tensor,
     kv_indptr: Tensor,
@@ -48,8 +49,6 @@ def lay_out_rows(
     column_indices: Tensor,
     between_indptr: Tensor,
     between_indices: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
 ) -> None:
     """Lay out the gaps of packed requests and mark them as compressed. One launch, no host sync.
 
@@ -57,17 +56,17 @@ def lay_out_rows(
     text that stood between pictures; so the gap has N_v entries and all text is outside it.
 
     Args:
-        req_to_token: int32 [R, max_context], changed in place.
+        tables: of R requests; all but `cell_offset` is changed in place.
         req_pool_indices: int32 or int64 [B], distinct rows.
         starts: int32 [B], the first visual position.
         kv_indptr: int32 [B + 1], prefix sums of N_v.
         column_indptr: int32 [B + 1]; column_indices: int32 or int64 [total_columns], m_b <= N_v.
         between_indptr: int32 [B + 1]; between_indices: int32 or int64 [total_between], the slots
             of the text between a request's pictures.
-        gap_start, gap_len: int32 [R], changed in place.
     Raises:
         ValueError: a shape, dtype or device is not as above.
     """
+    req_to_token, gap_start, gap_len, _ = tables
     check.tensor_of("req_to_token", req_to_token, ("R", "max_context"), torch.int32)
     check.last_dim_contiguous("req_to_token", req_to_token)
     device = req_to_token.device

@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from aircache_kernels import validation as check
-from aircache_kernels.launch import INTERPRETED, dot_dtype, multiprocessors, power_of_2
+from aircache_kernels.launch import INTERPRETED, dot_dtype, power_of_2
 
 # Sizes that differ from batch to batch are `do_not_specialize`: Triton would compile anew for those
 # that 16 divides, while requests wait.
 ELITE_MODES = ("per-head", "shared")
 _BLOCK_H = 16  # query heads of a tile, the least tl.dot takes
 _MAX_SPLITS = 32
+_CHUNK = 1024  # visual tokens of a split; more where a request has more than _MAX_SPLITS of them
 
 
 @triton.jit
@@ -183,11 +184,10 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
     total_qo, total_rows, scale,
     H_Q: tl.constexpr, GROUP: tl.constexpr, HEAD_TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """grid (splits, B, L * H_kv * head tiles)"""
+    """grid (splits, B, L * H_kv * head tiles); the last splits of a short request are empty"""
     split = tl.program_id(0)
-    splits = tl.num_programs(0)
     b = tl.program_id(1)
     batch = tl.num_programs(1)
     tile = tl.program_id(2)
@@ -205,7 +205,7 @@ def _lse_fwd_kernel(  # type: ignore[no-untyped-def]
     )
     n_rows = tl.sum(per_head, 0)
     region = layer * H_Q * total_qo + H_Q * start + (kv_head * GROUP + first) * n_text
-    chunk = tl.cdiv(tl.cdiv(n_visual, splits), BLOCK_N) * BLOCK_N
+    chunk = tl.cdiv(n_visual, CHUNK * BLOCK_S) * CHUNK
     v_begin = split * chunk
     v_end = tl.minimum(v_begin + chunk, n_visual)
     head_base = layer * stride_kl + kv_head * stride_kh
@@ -320,12 +320,11 @@ def score(
     sm_scale: float,
     alpha: float = 0.9,
     elite: str = "per-head",
-    k_scale: float = 1.0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Importance I_v of every visual token (AirCache eqs. 4 to 8), mean over each KV group.
 
-    Three launches, whatever L and B are; no host sync. With L layers, B requests:
+    Three launches, whatever L and B are; no host sync; a request's result is the same, bit for bit,
+    in every batch. With L layers, B requests:
 
     Args:
         q: [L, total_qo, H_q, D] instruction queries after RoPE; float32, float16 or bfloat16.
@@ -339,8 +338,6 @@ def score(
         sm_scale: softmax scale of the model.
         alpha: relevance threshold of eq. 5, in [0, 1].
         elite: "per-head", or "shared": every head takes the window of the head-mean row.
-        k_scale: what fp8 keys are multiplied by.
-        out: float32 [L, H_kv, total_visual] to write to.
     Returns:
         float32 [L, H_kv, total_visual]. Requests without instruction get zeros.
     Raises:
@@ -363,21 +360,19 @@ def score(
     check.int_in("max_qo_len", max_qo_len, 1, check.MAX_INSTRUCTION)
     check.int_in("max_kv_len", max_kv_len, 1, check.MAX_VISUAL)
     check.finite("alpha", alpha, 0.0, 1.0)
-    scale = check.finite("sm_scale", sm_scale) * check.finite("k_scale", k_scale)
+    scale = check.finite("sm_scale", sm_scale)
     check.one_of("elite", elite, ELITE_MODES)
     total_visual = kv_indices.shape[0]
-    out = check.output_of("out", out, (n_layers, n_kv, total_visual), torch.float32, device)
+    out = torch.empty(n_layers, n_kv, total_visual, dtype=torch.float32, device=device)
 
     block_d = power_of_2(head_dim, 16)
-    block_t = power_of_2(max_qo_len, 16)
     head_tiles = triton.cdiv(group, _BLOCK_H)
     block_r = 32
     block_n = min(64, 16384 // (block_d * q.element_size()))
     if INTERPRETED and max_kv_len >= 8192:
         block_n = 2048  # few large programs: they run one by one
     tiles = n_layers * n_kv * head_tiles
-    wanted = triton.cdiv(4 * multiprocessors(device), tiles * batch)
-    splits = max(1, min(wanted, triton.cdiv(max_kv_len, block_n), _MAX_SPLITS))
+    splits = min(triton.cdiv(max_kv_len, _CHUNK), _MAX_SPLITS)
     dot = dot_dtype(q.dtype)
     total_rows = n_layers * n_q * total_qo
     mask = torch.empty(n_layers, n_q, total_qo, dtype=torch.int8, device=device)
@@ -392,19 +387,21 @@ def score(
     _elite_fwd_kernel[(1 if shared else n_kv * head_tiles, batch, n_layers)](
         q, qo_indptr, k_all, text_indices, mask, rows, counts, *strides,
         total_qo, scale, float(alpha),
-        H_KV=n_kv, BLOCK_T=block_t, STEP_D=min(block_d, 64 // q.element_size()), SHARED=shared,
+        H_KV=n_kv, BLOCK_T=check.MAX_INSTRUCTION, STEP_D=min(block_d, 64 // q.element_size()),
+        SHARED=shared,
         # staged, the loop over tiles of "shared" would hold every step's keys in shared memory
-        **heads, **blocks, num_warps=8 if block_t > 128 else 4, num_stages=1,
+        **heads, **blocks, num_warps=8, num_stages=1,
     )  # fmt: skip
     _lse_fwd_kernel[(splits, batch, tiles)](
         q, qo_indptr, k_all, text_indices, kv_indptr, kv_indices, mask, rows, counts, lse,
         *strides, total_qo, total_rows, scale,
-        BLOCK_R=block_r, BLOCK_N=block_n, **heads, **blocks, num_warps=4, num_stages=2,
+        BLOCK_R=block_r, BLOCK_N=block_n, CHUNK=_CHUNK, BLOCK_S=_MAX_SPLITS,
+        **heads, **blocks, num_warps=4, num_stages=2,
     )  # fmt: skip
     _importance_fwd_kernel[(triton.cdiv(max_kv_len, block_n), batch, n_layers * n_kv)](
         q, qo_indptr, k_all, kv_indptr, kv_indices, rows, counts, lse, out,
         *strides, total_qo, total_rows, total_visual, splits, scale,
-        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_S=power_of_2(splits),
+        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_S=_MAX_SPLITS,
         **heads, **blocks, num_warps=4,
     )  # fmt: skip
     return out

@@ -115,7 +115,6 @@ def select(
     max_kv_len: int,
     weights: Tensor | None = None,
     mass: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """The n_l highest scores of every request, layer and KV head (algorithm 1).
 
@@ -131,7 +130,6 @@ def select(
         weights: float32 [L, H_kv, total_visual], what `mass` adds up; None for importance.
         mass: float64 [B, L, H_kv], written if given: the weights of the kept tokens over those of
             all, in [0, 1]; 1 where they are all 0.
-        out: int32 [H_kv, L * total_columns] to write to.
     Returns:
         int32 [H_kv, L * total_columns]: entry L * column_indptr[b] + cell_offset[b, l] + j is the
         ordinal of the token among request b's visual tokens, rising within each layer.
@@ -149,7 +147,7 @@ def select(
     check.contiguous("column_indptr", column_indptr)
     check.int_in("total_columns", total_columns, 1)
     check.int_in("max_kv_len", max_kv_len, 1, check.MAX_VISUAL)
-    out = check.output_of("out", out, (n_kv, n_layers * total_columns), torch.int32, device)
+    out = torch.empty(n_kv, n_layers * total_columns, dtype=torch.int32, device=device)
     if weights is None:
         weights = importance
     check.tensor_of("weights", weights, tuple(importance.shape), torch.float32, device)

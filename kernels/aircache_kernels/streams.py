@@ -32,9 +32,23 @@ def read_cells(cell_offset, row, layer, gap, L: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
+def read_lengths(  # type: ignore[no-untyped-def]
+    b, batch, layer, req_pool_indices, seq_lens, gap_len, cell_offset, L: tl.constexpr
+):
+    """Keys of requests b [BLOCK_B] in one layer, text and cells; 0 from `batch` on."""
+    known = b < batch
+    rows = tl.load(req_pool_indices + b, mask=known, other=0).to(tl.int64)
+    gap = tl.load(gap_len + rows, mask=known, other=0)
+    text = tl.load(seq_lens + b, mask=known, other=0).to(tl.int32) - gap
+    offsets = cell_offset + rows * (L + 1) + layer
+    cells = tl.load(offsets + 1, mask=known, other=0) - tl.load(offsets, mask=known, other=0)
+    return text + tl.where(gap > 0, cells, 0)
+
+
+@triton.jit
 def _attend_tile(  # type: ignore[no-untyped-def]
-    q_tile, k_all, v_all, k_at, v_at, inside, visible, top, total, acc, scale, logit_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CAP: tl.constexpr, DOT: tl.constexpr,
+    q_tile, k_all, v_all, k_at, v_at, inside, visible, top, total, acc, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over a tile of keys at row offsets k_at, v_at [BLOCK_N].
 
@@ -47,9 +61,6 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         other=0.0,
     )
     logits = tl.dot(q_tile, k_tile.to(DOT), input_precision="ieee") * scale
-    if HAS_CAP:
-        # tanh by way of the logistic function
-        logits = logit_cap * (2.0 * tl.sigmoid(2.0 * logits / logit_cap) - 1.0)
     logits = tl.where(visible, logits, float("-inf"))
     v_tile = tl.load(
         v_all + v_at[:, None] + d[None, :],
@@ -69,9 +80,9 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 @triton.jit
 def attend_text(  # type: ignore[no-untyped-def]
     q_tile, k_all, v_all, k_base, v_base, stride_kr, stride_vr, slots, gap_first, gap, begin, end,
-    seen, top, total, acc, scale, logit_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CAP: tl.constexpr,
-    DOT: tl.constexpr, CAUSAL: tl.constexpr,
+    seen, top, total, acc, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Text tokens [begin, end), counted without the gap; their slots lie around it.
 
@@ -87,7 +98,7 @@ def attend_text(  # type: ignore[no-untyped-def]
             visible = visible & (j[None, :] <= seen[:, None])
         top, total, acc = _attend_tile(
             q_tile, k_all, v_all, k_base + slot * stride_kr, v_base + slot * stride_vr,
-            inside, visible, top, total, acc, scale, logit_cap, HEAD_DIM, BLOCK_D, HAS_CAP, DOT,
+            inside, visible, top, total, acc, scale, HEAD_DIM, BLOCK_D, DOT,
         )  # fmt: skip
     return top, total, acc
 
@@ -95,9 +106,9 @@ def attend_text(  # type: ignore[no-untyped-def]
 @triton.jit
 def attend_cells(  # type: ignore[no-untyped-def]
     q_tile, k_all, v_all, k_base, v_base, stride_kl, stride_kr, stride_vl, stride_vr, columns,
-    begin, end, top, total, acc, scale, logit_cap,
+    begin, end, top, total, acc, scale,
     L: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_CAP: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Packed cells [begin, end) of a request, all of them visible; columns: their slots."""
     for start in range(begin, end, BLOCK_N):
@@ -110,7 +121,6 @@ def attend_cells(  # type: ignore[no-untyped-def]
             q_tile, k_all, v_all,
             k_base + plane * stride_kl + slot * stride_kr,
             v_base + plane * stride_vl + slot * stride_vr,
-            inside, inside[None, :], top, total, acc, scale, logit_cap,
-            HEAD_DIM, BLOCK_D, HAS_CAP, DOT,
+            inside, inside[None, :], top, total, acc, scale, HEAD_DIM, BLOCK_D, DOT,
         )  # fmt: skip
     return top, total, acc

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aircache_kernels.tables import Tables
+
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPE = torch.float8_e4m3fn
@@ -115,26 +117,20 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def requests_of(
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
+    tables: Tables, n_layers: int, req_pool_indices: Tensor, seq_lens: Tensor, device: torch.device
 ) -> int:
-    """Validated batch size of the tables that all attention kernels read."""
-    device = req_to_token.device
-    tensor_of("req_to_token", req_to_token, ("R", "max_context"), torch.int32)
-    last_dim_contiguous("req_to_token", req_to_token)
+    """Validated batch size of what all attention kernels read."""
+    n_rows = tables.gap_len.shape[0]
+    tensor_of("req_to_token", tables.req_to_token, ("R", "max_context"), torch.int32, device)
+    last_dim_contiguous("req_to_token", tables.req_to_token)
+    for name, value in (("gap_start", tables.gap_start), ("gap_len", tables.gap_len)):
+        tensor_of(name, value, (n_rows,), torch.int32, device)
+        contiguous(name, value)
+    tensor_of("cell_offset", tables.cell_offset, (n_rows, n_layers + 1), torch.int32, device)
+    contiguous("cell_offset", tables.cell_offset)
     index_vector("req_pool_indices", req_pool_indices, "bs", device)
     batch = int_in("batch size", req_pool_indices.shape[0], 1)
     index_vector("seq_lens", seq_lens, batch, device)
-    for name, value in (("gap_start", gap_start), ("gap_len", gap_len)):
-        tensor_of(name, value, ("R",), torch.int32, device)
-        contiguous(name, value)
-    if gap_start.shape != gap_len.shape:
-        raise ValueError(
-            f"gap_len must have shape {list(gap_start.shape)}, got {list(gap_len.shape)}"
-        )
     return batch
 
 
@@ -144,54 +140,17 @@ def attention_of(
     k_all: Tensor,
     v_all: Tensor,
     layer: int,
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    cell_offset: Tensor,
-    out: Tensor | None,
-) -> Tensor:
-    """Checks of what decode and extend attention share; rows of q: None for one a request.
-
-    Returns `out`, or a new uninitialised tensor for None.
-    """
+) -> None:
+    """Checks that decode and extend attention share; rows of q: None for one a request."""
     n_layers, _, n_kv, head_dim = pool_of(k_all, v_all)
     device = k_all.device
-    batch = requests_of(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
-    tensor_of("req_to_token", req_to_token, ("R", "max_context"), torch.int32, device)
+    batch = requests_of(tables, n_layers, req_pool_indices, seq_lens, device)
     shape = (batch if rows is None else rows, "H_q", head_dim)
     tensor_of("q", q, shape, FLOAT_DTYPES, device)
     last_dim_contiguous("q", q)
     matching_dtypes(q, k_all)
     query_group("q", q.shape[1], n_kv)
     int_in("layer", layer, 0, n_layers - 1)
-    tensor_of("cell_offset", cell_offset, (gap_len.shape[0], n_layers + 1), torch.int32, device)
-    contiguous("cell_offset", cell_offset)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tensor_of("out", out, tuple(q.shape), q.dtype, device)
-    last_dim_contiguous("out", out)
-    return out
-
-
-def logits_of(sm_scale: float, k_scale: float, logit_cap: float) -> tuple[float, float]:
-    """What logits are multiplied by, and their cap."""
-    scale = finite("sm_scale", sm_scale) * finite("k_scale", k_scale)
-    return scale, finite("logit_cap", logit_cap, 0.0)
-
-
-def output_of(
-    name: str,
-    value: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype | tuple[torch.dtype, ...],
-    device: torch.device,
-) -> Tensor:
-    """`value` after checks, or a new uninitialised tensor (of the first dtype) for None."""
-    if value is None:
-        first = dtype if isinstance(dtype, torch.dtype) else dtype[0]
-        return torch.empty(shape, dtype=first, device=device)
-    tensor_of(name, value, shape, dtype, device)
-    contiguous(name, value)
-    return value

@@ -15,7 +15,6 @@ import torch
 from aircache_kernels import (
     OnePlanDecode,
     build_flashinfer_tables,
-    build_text_csr,
     decode_attention,
     importance_statistics,
     layer_budgets,
@@ -99,7 +98,7 @@ def test_the_pass_does_not_sync_and_repeats_bit_for_bit(device: torch.device) ->
 def test_the_served_pass_does_not_sync(device: torch.device) -> None:
     """The engine's pass, host integers, row and table included; SGLang need not be installed."""
     side = build([SAME] * 3, device=device)
-    run = KernelPass(side.cells)
+    run = KernelPass(side.inputs)
     run(side.jobs)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -124,8 +123,8 @@ def test_default_launch_shape(head_dim: int, dtype: torch.dtype, device: torch.d
     case = large_case(device, dtype, head_dim=head_dim)
     for layer in range(4):
         got = decode_attention(*case.inputs(layer), sm_scale=0.09)
-        truth, _ = reference.decode_attention_reference(*case.inputs(layer), sm_scale=0.09)
-        eager, _ = reference.decode_attention_reference(
+        truth = reference.decode_attention_reference(*case.inputs(layer), sm_scale=0.09)
+        eager = reference.decode_attention_reference(
             *case.inputs(layer), sm_scale=0.09, dtype=dtype
         )
         rounding = torch.finfo(dtype).eps * truth.abs().max()
@@ -139,25 +138,17 @@ def test_cuda_graph_with_padded_rows(device: torch.device) -> None:
     live = case.req_pool_indices.clone(), case.seq_lens.clone()
     case.req_pool_indices.zero_()
     case.seq_lens.fill_(1)
-    indptr = torch.zeros(5, dtype=torch.int32, device=device)
-    indices = torch.zeros(12000, dtype=torch.int32, device=device)
-    out = torch.empty_like(case.q)
 
-    def step() -> None:
-        build_text_csr(*case.tables(), text_indptr=indptr, text_indices=indices)
-        decode_attention(
-            *case.inputs(1), sm_scale=0.09, out=out, num_kv_splits=16,
-            text_indptr=indptr, text_indices=indices,
-        )  # fmt: skip
+    def step() -> torch.Tensor:
+        return decode_attention(*case.inputs(1), sm_scale=0.09)
 
-    graph, _ = captured(step)
+    graph, out = captured(step)
     graph.replay()
     assert out.isfinite().all()
     case.req_pool_indices.copy_(live[0])
     case.seq_lens.copy_(live[1])
     graph.replay()
-    want = decode_attention(*case.inputs(1), sm_scale=0.09, num_kv_splits=16)
-    assert torch.equal(out, want)
+    assert torch.equal(out, decode_attention(*case.inputs(1), sm_scale=0.09))
 
 
 def test_rows_beyond_2_31_elements(device: torch.device) -> None:
@@ -192,7 +183,7 @@ def test_one_plan_flashinfer_decode(device: torch.device) -> None:
         torch.empty(batch, dtype=torch.int32, device=device),
     )
     build_flashinfer_tables(
-        *case.tables(), case.cell_offset, rows=rows,
+        *case.requests(), rows=rows,
         kv_indptr=tables[0], kv_indices=tables[1], last_page_len=tables[2],
     )  # fmt: skip
     decode = OnePlanDecode(
@@ -204,7 +195,7 @@ def test_one_plan_flashinfer_decode(device: torch.device) -> None:
     decode.plan(most, *tables)
     for layer in range(n_layers):
         got = decode.run(case.q, case.k_all, case.v_all, layer)
-        truth, _ = reference.decode_attention_reference(*case.inputs(layer), sm_scale=0.09)
+        truth = reference.decode_attention_reference(*case.inputs(layer), sm_scale=0.09)
         torch.testing.assert_close(got.double(), truth, rtol=0.02, atol=0.02)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.engine.backend import AttentionState, DecodeGraphVariants, adopt
+from aircache_sglang.engine.backend import AttentionState, DecodeGraphVariants, Work, adopt
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.compress import Job, PassInputs
+from aircache_sglang.runtime.chunk import Chunk
+from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
@@ -27,7 +28,7 @@ from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
-from aircache_sglang.runtime.stash import BatchStash, QueryStash
+from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash
 from aircache_sglang.runtime.table import CompressionTable
 from tests.unit.kernels.cases import captured
 from tests.unit.kernels.test_engine_twins import H_KV, H_Q, D, L, OneRank
@@ -168,6 +169,7 @@ class World:
         self.req_to_token = torch.zeros(n_rows, context, dtype=torch.int32, device=device)
         self.table = CompressionTable(self.req_to_token, L)
         self.capturing: str | None = None
+        self.work = Work()  # of the next forward
         self.state = AttentionState(
             self.pool,
             KernelDecoder(self.pool, self.table),
@@ -184,7 +186,6 @@ class World:
                 qk_head_dim=D,
                 v_head_dim=D,
                 scaling=D**-0.5,
-                logit_cap=0.0,
             )
             for layer in range(L)
         ]
@@ -228,14 +229,13 @@ class World:
             lens += range(1, request.length + 1)
             if request.prompt is not None:
                 stash = QueryStash(request.prompt.instruction)
-                stash.claim(0, request.length, first, kept)
+                stash.claim(Chunk(0, request.length, first), kept)
                 jobs.append((request, stash))
             first += request.length
         batch = Batch(Mode.EXTEND, self.on_device(rows), self.on_device(lens), torch.cat(slots))
         q, k, v = self.draw(first)
-        self.state.queries, self.state.records = kept, ()
+        self.work = Work(queries=kept)
         self.run(batch, q.to(self.device), k.to(self.device), v.to(self.device))
-        self.state.queries = None
         for request, part in zip(
             self.requests, torch.arange(first).split([r.length for r in self.requests]), strict=True
         ):
@@ -244,7 +244,7 @@ class World:
 
     def compress(self, jobs: Sequence[tuple[Request, QueryStash]]) -> None:
         scale = self.layers[0].scaling
-        cells = PassInputs(self.pool.k_all, self.pool.v_all, self.table, OneRank(), scale)
+        inputs = PassInputs(self.pool.k_all, self.pool.v_all, self.table, OneRank(), scale)
         work = []
         for request, stash in jobs:
             prompt = request.prompt
@@ -255,11 +255,11 @@ class World:
                 Intent(self.config, prompt, m), request.row, originals, self.take(m)
             )
             work.append(Job(request.record, stash.queries()))
-        KernelPass(cells)(work)
+        KernelPass(inputs)(work)
         for request, _ in jobs:
             assert request.record is not None and request.prompt is not None
             request.kept = request.record.report()["selection"]
-            self.pool.poison(cells.visual_slots(request.record))
+            self.pool.poison(inputs.visual_slots(request.record))
 
     def step(self, requests: Sequence[Request]) -> tuple[Batch, Any, Any, Any]:
         """A decode batch with the next token of each request entered, and its q, k and v."""
@@ -270,7 +270,7 @@ class World:
             request.length += 1
             self.remember(request, k[:, i : i + 1], v[:, i : i + 1])
         records = [request.record for request in requests]
-        self.state.records = records if any(records) else ()
+        self.work = Work(records=records if any(records) else ())
         rows = self.on_device([request.row for request in requests])
         lens = self.on_device([request.length for request in requests])
         batch = Batch(Mode.DECODE, rows, lens, slots)
@@ -278,8 +278,9 @@ class World:
 
     def run(self, batch: Batch, q: Any, k: Any, v: Any) -> torch.Tensor:
         """One eager forward: [L, n, H_q * D]."""
-        self.backend.init_forward_metadata(batch)
-        return self.forward(batch, q, k, v)
+        with self.state.during(self.work):
+            self.backend.init_forward_metadata(batch)
+            return self.forward(batch, q, k, v)
 
     def forward(self, batch: Batch, q: Any, k: Any, v: Any) -> torch.Tensor:
         """All layers: [L, n, H_q * D]."""
@@ -288,6 +289,11 @@ class World:
             for i, layer in enumerate(self.layers)
         ]
         return torch.stack(outputs)
+
+    def variant(self, batch: Batch) -> str:
+        """Which decode graph the step would replay."""
+        with self.state.during(self.work):
+            return self.variants.select(batch)
 
     def capture(self, size: int) -> Callable[[Batch, Any, Any, Any], torch.Tensor]:
         """Decode graphs of one batch size, as SGLang captures them; the function replays the right.
@@ -312,8 +318,9 @@ class World:
                 getattr(static, name)[n:] = filler
             for buffer, new in zip(buffers, (q, k, v), strict=True):
                 buffer[:, :n] = new
-            self.backend.init_forward_metadata_out_graph(static)
-            return replays[self.variants.select(batch)]()[:, :n]
+            with self.state.during(self.work):
+                self.backend.init_forward_metadata_out_graph(static)
+                return replays[self.variants.select(batch)]()[:, :n]
 
         return replay
 

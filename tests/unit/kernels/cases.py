@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from aircache_kernels import Tables
+
 T = TypeVar("T")
 
 
@@ -120,13 +122,12 @@ class DecodeCase:
     gap_len: Tensor
     cell_offset: Tensor
 
-    def tables(self) -> tuple[Tensor, ...]:
-        return (
-            self.req_to_token, self.req_pool_indices, self.seq_lens, self.gap_start, self.gap_len,
-        )  # fmt: skip
+    def requests(self) -> tuple[Tables, Tensor, Tensor]:
+        tables = Tables(self.req_to_token, self.gap_start, self.gap_len, self.cell_offset)
+        return tables, self.req_pool_indices, self.seq_lens
 
-    def inputs(self, layer: int) -> tuple[Tensor, Tensor, Tensor, int, *tuple[Tensor, ...]]:
-        return (self.q, self.k_all, self.v_all, layer, *self.tables(), self.cell_offset)
+    def inputs(self, layer: int) -> tuple[Tensor, Tensor, Tensor, int, Tables, Tensor, Tensor]:
+        return (self.q, self.k_all, self.v_all, layer, *self.requests())
 
 
 @dataclass(frozen=True)

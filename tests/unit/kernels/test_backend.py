@@ -30,7 +30,7 @@ def test_answers_are_those_of_the_kept_tokens(device: torch.device) -> None:
         ([first, second], COMPRESSED),
     ):
         batch, q, k, v = world.step(requests)
-        assert world.variants.select(batch) == label
+        assert world.variant(batch) == label
         stock_forwards = world.backend.forwards
         out = world.run(batch, q, k, v).cpu().double()
         assert (world.backend.forwards > stock_forwards) == (label == PLAIN)
@@ -50,7 +50,7 @@ def test_graphs_of_both_variants(device: torch.device) -> None:
         ([plain], PLAIN),
     ):
         batch, q, k, v = world.step(requests)
-        assert world.variants.select(batch) == label
+        assert world.variant(batch) == label
         out = replay(batch, q, k, v).cpu().double()
         torch.testing.assert_close(out, world.expected(requests, q), rtol=1e-5, atol=1e-5)
 

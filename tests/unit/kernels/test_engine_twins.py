@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
-from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass
+from aircache_sglang.runtime.chunk import Chunk
+from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
@@ -22,7 +23,7 @@ from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
-from aircache_sglang.runtime.stash import BatchStash, QueryStash, joined
+from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable
 from tests.unit.kernels.test_package import launches, on_cpu
 
@@ -47,14 +48,14 @@ class OneRank:
 class Side:
     """One copy of pool, table and requests, to be worked on by one implementation."""
 
-    cells: PassInputs
+    inputs: PassInputs
     jobs: list[Job]
 
     @property
     def pool(self) -> Any:
         return SimpleNamespace(
-            k_all=self.cells.k_all,
-            v_all=self.cells.v_all,
+            k_all=self.inputs.k_all,
+            v_all=self.inputs.v_all,
             rows=ROWS,
             layer_num=L,
             start_layer=0,
@@ -88,7 +89,7 @@ def build(
         return slots[taken - n : taken]
 
     table = CompressionTable(req_to_token, n_layers)
-    cells = PassInputs(k_all, v_all, table, OneRank(), D**-0.5)
+    inputs = PassInputs(k_all, v_all, table, OneRank(), D**-0.5)
     jobs = []
     for row, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True), start=1):
         intent = Intent(config, prompt, max(1, round(config.retention * prompt.n_visual)))
@@ -100,7 +101,7 @@ def build(
         q = 2.0 * torch.randn(n_layers, hi - lo, H_Q, D, generator=g)
         jobs.append(Job(record, q.to(device)))
     req_to_token[4, :50] = take(50)
-    return Side(cells, jobs)
+    return Side(inputs, jobs)
 
 
 SAME = AirCacheConfig(retention=0.2, return_selection=True)
@@ -130,16 +131,16 @@ def test_passes_agree(
     configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype, device: torch.device
 ) -> None:
     torch_side, kernel_side = (build(list(configs), kv_dtype, device=device) for _ in range(2))
-    TorchPass(torch_side.cells)(torch_side.jobs)
-    KernelPass(kernel_side.cells)(kernel_side.jobs)
+    TorchPass(torch_side.inputs)(torch_side.jobs)
+    KernelPass(kernel_side.inputs)(kernel_side.jobs)
     for ours, theirs in zip(torch_side.jobs, kernel_side.jobs, strict=True):
         assert ours.record.report() == theirs.record.report()
     budgets = [job.record.report()["layer_budgets"] for job in torch_side.jobs]
     assert any(len(set(layers)) > 1 for layers in budgets), "the split over layers is untested"
     for name in ("gap_start", "gap_len", "cell_offset"):
-        ours_, theirs_ = (getattr(s.cells.table, name) for s in (torch_side, kernel_side))
+        ours_, theirs_ = (getattr(s.inputs.table, name) for s in (torch_side, kernel_side))
         assert torch.equal(ours_, theirs_), name
-    assert torch.equal(torch_side.cells.table.req_to_token, kernel_side.cells.table.req_to_token)
+    assert torch.equal(torch_side.inputs.table.req_to_token, kernel_side.inputs.table.req_to_token)
 
 
 class Work(TorchDispatchMode):
@@ -193,7 +194,7 @@ def test_work_of_the_served_pass(
     monkeypatch.setattr(
         transfer, "to_device", lambda *args: brought.append(args[2]) or to_device(*args)
     )
-    run = KernelPass(side.cells)
+    run = KernelPass(side.inputs)
     with work:
         run(jobs)
     assert len(seen) == 8
@@ -210,11 +211,11 @@ def test_queries_of_a_batch() -> None:
     for number, q in enumerate(steps):
         batch = BatchStash(2)
         if number == 0:
-            whole.claim(0, 5, 0, batch)
-            split.claim(8, 12, 5, batch)
+            whole.claim(Chunk(0, 5, 0), batch)
+            split.claim(Chunk(8, 12, 5), batch)
         else:
-            split.claim(12, 14, 0, batch)
-            late.claim(0, 7, 2, batch)
+            split.claim(Chunk(12, 14, 0), batch)
+            late.claim(Chunk(0, 7, 2), batch)
         assert len(batch) == 4
         for layer in range(2):
             batch.write(layer, q[layer])
@@ -236,8 +237,8 @@ def test_side_by_side_queries_are_not_copied() -> None:
 def test_decoders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     """Each implementation reads what it packed: cell orders may differ, attention must not."""
     sides = [build(list(MIXED), kv_dtype, device=device) for _ in range(2)]
-    TorchPass(sides[0].cells)(sides[0].jobs)
-    KernelPass(sides[1].cells)(sides[1].jobs)
+    TorchPass(sides[0].inputs)(sides[0].jobs)
+    KernelPass(sides[1].inputs)(sides[1].jobs)
     rows = torch.tensor([3, 4, 1, 2], device=device)
     lengths = [PROMPTS[2].length + 2, 50, PROMPTS[0].length + 1, PROMPTS[1].length]
     seq_lens = torch.tensor(lengths, device=device)
@@ -246,11 +247,9 @@ def test_decoders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     outputs = []
     for side, kind in zip(sides, (TorchDecoder, KernelDecoder), strict=True):
         records = {job.record.row: job.record for job in side.jobs}
-        decoder = kind(side.pool, side.cells.table)
+        decoder = kind(side.pool, side.inputs.table)
         decoder.plan(batch, [records.get(row) for row in rows.tolist()])
-        layers = [
-            SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0) for layer in range(L)
-        ]
+        layers = [SimpleNamespace(layer_id=layer, scaling=D**-0.5) for layer in range(L)]
         outputs.append(torch.stack([decoder.attend(q, layer, batch) for layer in layers]))
     assert torch.isfinite(outputs[0]).all()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
@@ -260,8 +259,8 @@ def test_decoders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
 def test_extenders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     """The last tokens of two requests, between others' rows, which stay as they are."""
     sides = [build(list(MIXED), kv_dtype, device=device) for _ in range(2)]
-    TorchPass(sides[0].cells)(sides[0].jobs)
-    KernelPass(sides[1].cells)(sides[1].jobs)
+    TorchPass(sides[0].inputs)(sides[0].jobs)
+    KernelPass(sides[1].inputs)(sides[1].jobs)
     q = torch.randn(20, H_Q, D, generator=torch.Generator().manual_seed(1)).to(device)
     outputs = []
     for side in sides:
@@ -271,16 +270,14 @@ def test_extenders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
             end = record.intent.prompt.length + 2
             jobs.append(ExtendJob(record, end - n, end, source))
         extender = (
-            TorchExtender(side.pool, side.cells.table)
+            TorchExtender(side.pool, side.inputs.table)
             if side is sides[0]
-            else KernelExtender(side.pool, side.cells.table)
+            else KernelExtender(side.pool, side.inputs.table)
         )
         extender.plan(jobs)
         out = torch.full((L, *q.shape), 7.0, device=device)
         for layer in range(L):
-            extender.attend(
-                q, out[layer], SimpleNamespace(layer_id=layer, scaling=D**-0.5, logit_cap=0.0)
-            )
+            extender.attend(q, out[layer], SimpleNamespace(layer_id=layer, scaling=D**-0.5))
         outputs.append(out)
     others = torch.ones(20, dtype=torch.bool, device=device)
     others[3:5] = others[9:18] = False

@@ -38,9 +38,8 @@ class Wrapper:
     def plan(
         self, indptr: Any, indices: Any, last_page_len: Any, n_q: int, n_kv: int, head_dim: int,
         page_size: int, *, q_data_type: Any, kv_data_type: Any, sm_scale: float,
-        logits_soft_cap: float,
     ) -> None:  # fmt: skip
-        assert (n_q, n_kv, head_dim, page_size) == (H_Q, H_KV, D, 1) and logits_soft_cap == 0.0
+        assert (n_q, n_kv, head_dim, page_size) == (H_Q, H_KV, D, 1)
         assert q_data_type == kv_data_type == torch.float32
         self._paged_kv_indptr_buf, self._paged_kv_indices_buf = indptr, indices
         self._paged_kv_last_page_len_buf = last_page_len
@@ -48,12 +47,10 @@ class Wrapper:
         assert (last_page_len == 1).all()
         self.plans.append(indptr.diff().tolist())
 
-    def run(
-        self, q: torch.Tensor, pages: Any, *, k_scale: Any, v_scale: Any, out: Any
-    ) -> torch.Tensor:
+    def run(self, q: torch.Tensor, pages: Any) -> torch.Tensor:
         assert q.is_contiguous()
         k, v = pages  # [pages, page size, H_kv, D]
-        assert k.shape[1] == 1 and k_scale is None and v_scale is None and out is None
+        assert k.shape[1] == 1
         bounds = self._paged_kv_indptr_buf.tolist()
         results = []
         for i, planned in enumerate(self.plans[-1]):
@@ -81,7 +78,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 def decoder_of(side: Side) -> FlashInferDecoder:
     return FlashInferDecoder(
         side.pool,
-        side.cells.table,
+        side.inputs.table,
         n_q=H_Q,
         q_dtype=torch.float32,
         scale=D**-0.5,
@@ -91,10 +88,10 @@ def decoder_of(side: Side) -> FlashInferDecoder:
 def test_it_agrees_with_the_kernel_step_by_step() -> None:
     """Steps of growing batches: one plan a step, every layer at its own lengths."""
     side = build(list(MIXED))
-    KernelPass(side.cells)(side.jobs)
+    KernelPass(side.inputs)(side.jobs)
     records = {job.record.row: job.record for job in side.jobs}
     ours = decoder_of(side)
-    kernel = KernelDecoder(side.pool, side.cells.table)
+    kernel = KernelDecoder(side.pool, side.inputs.table)
     lengths = {row: prompt.length + 1 for row, prompt in enumerate(PROMPTS, start=1)} | {4: 49}
     g = torch.Generator().manual_seed(1)
     for step, rows in enumerate(([3], [3, 4, 1, 2], [4], [2, 1])):
@@ -107,7 +104,7 @@ def test_it_agrees_with_the_kernel_step_by_step() -> None:
         # as a slice of a fused projection
         q = torch.randn(len(rows), H_Q, 2 * D, generator=g)[..., :D]
         for number in range(L):
-            layer = SimpleNamespace(layer_id=number, scaling=D**-0.5, logit_cap=0.0)
+            layer = SimpleNamespace(layer_id=number, scaling=D**-0.5)
             torch.testing.assert_close(
                 ours.attend(q, layer, batch), kernel.attend(q, layer, batch), rtol=1e-5, atol=1e-5
             )
@@ -133,7 +130,7 @@ def test_bounds_hold_whatever_the_split_over_layers(retention: float) -> None:
 def test_another_kernel_of_flashinfer_is_refused(attribute: str) -> None:
     decode = OnePlanDecode(
         torch.empty(1, dtype=torch.uint8), n_layers=L, rows=9, n_q=H_Q, n_kv=H_KV, head_dim=D,
-        q_dtype=torch.float32, kv_dtype=torch.float32, sm_scale=1.0, force_tensor_cores=True,
+        q_dtype=torch.float32, kv_dtype=torch.float32, sm_scale=1.0,
     )  # fmt: skip
     setattr(decode._wrapper, attribute, None)
     one = torch.ones(1, dtype=torch.int32)

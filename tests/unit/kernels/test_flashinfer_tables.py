@@ -23,8 +23,7 @@ def test_page_tables(device: torch.device) -> None:
     kv_indices = poisoned((3, 6000), torch.int32, device)
     last_page_len = poisoned((batch,), torch.int32, device)
     build_flashinfer_tables(
-        *case.tables(),
-        case.cell_offset,
+        *case.requests(),
         rows=rows,
         kv_indptr=kv_indptr,
         kv_indices=kv_indices,
@@ -32,7 +31,7 @@ def test_page_tables(device: torch.device) -> None:
     )
     assert (last_page_len == 1).all()
     for layer in range(3):
-        want = reference.physical_rows_reference(3, rows, layer, *case.tables(), case.cell_offset)
+        want = reference.physical_rows_reference(3, rows, layer, *case.requests())
         bounds = kv_indptr[layer].tolist()
         assert bounds[0] == 0
         for b, expected in enumerate(want):
@@ -44,8 +43,7 @@ def test_capacity_is_not_passed(device: torch.device) -> None:
     case = decode_case([Request(30)], n_layers=2, device=device)
     room = poisoned((2, 30), torch.int32, device)
     build_flashinfer_tables(
-        *case.tables(),
-        case.cell_offset,
+        *case.requests(),
         rows=case.k_all.shape[1],
         kv_indptr=poisoned((2, 2), torch.int32, device),
         kv_indices=room.view(-1)[:40].view(2, 20),
@@ -58,8 +56,7 @@ def test_too_many_rows_are_refused(device: torch.device) -> None:
     case = decode_case([Request(3)], n_layers=2, device=device)
     with pytest.raises(ValueError, match=r"L \* rows < 2\*\*31, got 2 \* 1073741824"):
         build_flashinfer_tables(
-            *case.tables(),
-            case.cell_offset,
+            *case.requests(),
             rows=2**30,
             kv_indptr=poisoned((2, 2), torch.int32, device),
             kv_indices=poisoned((2, 20), torch.int32, device),

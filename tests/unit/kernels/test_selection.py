@@ -24,7 +24,6 @@ def hold(importance: torch.Tensor, sizes: list[int], budgets: list[list[int]]) -
     counts = torch.tensor(budgets, dtype=torch.int32, device=device)
     offsets = torch.stack([prefix(row, device) for row in budgets])
     indptr = prefix(sizes, device)
-    out = poisoned((n_kv, n_layers * sum(columns)), torch.int32, device)
     mass = poisoned((len(sizes), n_layers, n_kv), torch.float64, device)
     got = select(
         importance,
@@ -34,7 +33,6 @@ def hold(importance: torch.Tensor, sizes: list[int], budgets: list[list[int]]) -
         total_columns=sum(columns),
         max_kv_len=max(sizes),
         mass=mass,
-        out=out,
     )
     assert torch.equal(got, reference.select_reference(importance, indptr, counts))
     # NaN where an infinite score is

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aircache_kernels import validation as check
 from aircache_kernels.launch import cell_address, power_of_2
-from aircache_kernels.streams import read_request
+from aircache_kernels.streams import read_lengths, read_request
+from aircache_kernels.tables import Tables
 
 _CHUNKS = 4
 
@@ -32,13 +33,9 @@ def _page_tables_kernel(  # type: ignore[no-untyped-def]
     step = BLOCK * tl.num_programs(2)
     # keys of every request before this one, in this layer
     others = tl.arange(0, BLOCK_B)
-    known = others < batch
-    requests = tl.load(req_pool_indices + others, mask=known, other=0).to(tl.int64)
-    gaps = tl.load(gap_len + requests, mask=known, other=0)
-    lengths = tl.load(seq_lens + others, mask=known, other=0).to(tl.int32) - gaps
-    offsets = cell_offset + requests * (L + 1) + layer
-    cells = tl.load(offsets + 1, mask=known, other=0) - tl.load(offsets, mask=known, other=0)
-    lengths += tl.where(gaps > 0, cells, 0)
+    lengths = read_lengths(
+        others, batch, layer, req_pool_indices, seq_lens, gap_len, cell_offset, L
+    )
     begin = tl.sum(tl.where(others < b, lengths, 0), 0)
     total = tl.sum(tl.where(others == b, lengths, 0), 0)
 
@@ -77,12 +74,9 @@ def check_row_range(n_layers: int, rows: int) -> None:
 
 
 def build_flashinfer_tables(
-    req_to_token: Tensor,
+    tables: Tables,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    gap_start: Tensor,
-    gap_len: Tensor,
-    cell_offset: Tensor,
     *,
     rows: int,
     kv_indptr: Tensor,
@@ -92,7 +86,7 @@ def build_flashinfer_tables(
     """Write the page tables of all layers. One launch, no host sync.
 
     Args:
-        req_to_token ... cell_offset: as in `decode_attention`.
+        tables, req_pool_indices, seq_lens: as in `decode_attention`.
         rows: rows of one plane of the pool.
         kv_indptr: int32 [L, bs + 1], written.
         kv_indices: int32 [L, capacity], written from 0 in each layer: the text tokens in order,
@@ -101,19 +95,17 @@ def build_flashinfer_tables(
     Raises:
         ValueError: L * rows >= 2**31, or a shape, dtype or device is not as above.
     """
-    batch = check.requests_of(req_to_token, req_pool_indices, seq_lens, gap_start, gap_len)
-    device = req_to_token.device
-    check.tensor_of("kv_indptr", kv_indptr, ("L", batch + 1), torch.int32, device)
+    device = tables.req_to_token.device
+    n_layers = tables.cell_offset.shape[1] - 1
+    batch = check.requests_of(tables, n_layers, req_pool_indices, seq_lens, device)
+    check.tensor_of("kv_indptr", kv_indptr, (n_layers, batch + 1), torch.int32, device)
     check.contiguous("kv_indptr", kv_indptr)
-    n_layers = kv_indptr.shape[0]
     check.tensor_of("kv_indices", kv_indices, (n_layers, "capacity"), torch.int32, device)
     check.contiguous("kv_indices", kv_indices)
     check.tensor_of("last_page_len", last_page_len, (batch,), torch.int32, device)
     check.contiguous("last_page_len", last_page_len)
-    table = (gap_len.shape[0], n_layers + 1)
-    check.tensor_of("cell_offset", cell_offset, table, torch.int32, device)
-    check.contiguous("cell_offset", cell_offset)
     check_row_range(n_layers, check.int_in("rows", rows, 1))
+    req_to_token, gap_start, gap_len, cell_offset = tables
     _page_tables_kernel[(batch, n_layers, _CHUNKS)](
         req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
         kv_indptr, kv_indices, last_page_len,

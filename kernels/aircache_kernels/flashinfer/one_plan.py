@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from aircache_kernels import validation as check
+from aircache_kernels.flashinfer.tables import check_row_range
 
-_MIN_GROUP = 4  # SGLang takes FlashInfer's tensor-core decode from this GQA group on
 _SWAPPED = (
     "_paged_kv_indptr_buf",
     "_paged_kv_indices_buf",
@@ -49,27 +49,17 @@ class OnePlanDecode:
         q_dtype: torch.dtype,
         kv_dtype: torch.dtype,
         sm_scale: float,
-        logit_cap: float = 0.0,
-        force_tensor_cores: bool = False,
     ) -> None:
         """
         Args:
             workspace: uint8, FlashInfer's float workspace, on the GPU.
             n_layers, rows, n_kv, head_dim: the pool is [n_layers, rows, n_kv, head_dim].
-            force_tensor_cores: use tensor cores for groups below 4 too; without it such models
-                are refused (fp8 KV always uses them).
         Raises:
-            ValueError: the model would need the CUDA-core kernel, or L * rows >= 2**31.
+            ValueError: L * rows >= 2**31.
             ImportError: FlashInfer is not installed.
         """
-        if n_layers * rows >= 2**31:
-            raise ValueError(f"FlashInfer needs L * rows < 2**31, got {n_layers} * {rows}")
-        group = check.query_group("n_q", n_q, n_kv)
-        if group < _MIN_GROUP and kv_dtype != check.FP8_DTYPE and not force_tensor_cores:
-            raise ValueError(
-                f"one plan for all layers needs FlashInfer's tensor-core decode, which a group of "
-                f"{group} query heads does not take by default; pass force_tensor_cores=True"
-            )
+        check_row_range(n_layers, rows)
+        check.query_group("n_q", n_q, n_kv)
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         self._wrapper: Any = BatchDecodeWithPagedKVCacheWrapper(
@@ -78,7 +68,7 @@ class OnePlanDecode:
         self._shape = (n_layers * rows, 1, n_kv, head_dim)
         self._n_layers, self._n_q = n_layers, n_q
         self._q_dtype, self._kv_dtype = q_dtype, kv_dtype
-        self._sm_scale, self._logit_cap = float(sm_scale), float(logit_cap)
+        self._sm_scale = float(sm_scale)
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     def plan(
@@ -113,7 +103,6 @@ class OnePlanDecode:
             q_data_type=self._q_dtype,
             kv_data_type=self._kv_dtype,
             sm_scale=self._sm_scale,
-            logits_soft_cap=self._logit_cap,
         )
         missing = [name for name in _SWAPPED if not hasattr(self._wrapper, name)]
         if missing:
@@ -125,17 +114,7 @@ class OnePlanDecode:
             )
         self._tables = (kv_indptr, kv_indices, last_page_len)
 
-    def run(
-        self,
-        q: Tensor,
-        k_all: Tensor,
-        v_all: Tensor,
-        layer: int,
-        *,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, q: Tensor, k_all: Tensor, v_all: Tensor, layer: int) -> Tensor:
         """Attention of one layer, [bs, H_q, D]; k_all and v_all are contiguous [L, rows, ...]."""
         if self._tables is None:
             raise ValueError("run was called before plan")
@@ -145,5 +124,5 @@ class OnePlanDecode:
         self._wrapper._paged_kv_indices_buf = kv_indices[layer]
         self._wrapper._paged_kv_last_page_len_buf = last_page_len
         pool = (k_all.view(self._shape), v_all.view(self._shape))
-        result: Tensor = self._wrapper.run(q, pool, k_scale=k_scale, v_scale=v_scale, out=out)
+        result: Tensor = self._wrapper.run(q, pool)
         return result
