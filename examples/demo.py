@@ -14,11 +14,12 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image, ImageChops, ImageDraw
 
 from aircache_sglang.testing import LoadWatch, Server, ServerError
 from benchmarks.documents.model import CHECKPOINT
@@ -33,6 +34,8 @@ QUESTIONS = {
     "BUY": "which value belongs to BUY?",
 }
 NUMBER = 4  # of the invoice
+PICTURED = ("SUM", "ACC")  # the questions whose selection is drawn
+MARKER = "#ffcc33"
 RETENTIONS = (1.0, 0.5, 0.1)
 WATCHED_TOKENS = 32
 TOKENS = 16
@@ -98,6 +101,19 @@ def ask(server: Server, name: str, page: Invoice, overrides: dict[str, Any] | No
     return row
 
 
+def ask_for_selection(server: Server, code: str, page: Invoice) -> tuple[str, dict[str, Any]]:
+    """The answer at the least retention, and its report with the tokens that were kept."""
+    overrides = {"retention": RETENTIONS[-1], "return_selection": True}
+    answer = server.chat(
+        QUESTIONS[code],
+        images=[page.image()],
+        max_tokens=TOKENS,
+        return_meta_info=True,
+        custom_params={"aircache": overrides},
+    )["choices"][0]
+    return answer["message"]["content"], answer["meta_info"]["aircache"]
+
+
 def table(rows: Sequence[Row], n_visual: int) -> str:
     """The rows as text; the first is stock SGLang's."""
     head = (
@@ -128,28 +144,41 @@ def table(rows: Sequence[Row], n_visual: int) -> str:
     )
 
 
-def selection_picture(page: Image.Image, report: dict[str, Any]) -> Image.Image:
-    """The page three times: what the first KV head keeps in the layers with the least, the middle
-    and the largest budget. Kept tokens stay bright, the others are dimmed."""
-    budgets = report["layer_budgets"]
-    ranked = sorted(range(len(budgets)), key=budgets.__getitem__)
-    layers = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
-    dimmed = ImageEnhance.Brightness(page).enhance(0.35)
-    header = 44
+def selection_picture(
+    page: Image.Image, answers: Sequence[tuple[str, dict[str, Any]]]
+) -> Image.Image:
+    """The page, and beside it what is left of it after each question.
+
+    answers: captions, each with the report of its request, selection included. The more layers and
+    KV heads keep a token, the more of it stays; what none keeps is blank.
+    """
     width, height = page.size
-    sheet = Image.new("RGB", (width * 3 + 32, height + header), "white")
-    for place, layer in enumerate(layers):
-        panel = dimmed.copy()
-        for ordinal in report["selection"][layer][0]:
-            y, x = divmod(ordinal, width // CELL)
-            corner = (x * CELL, y * CELL)
-            box = (*corner, corner[0] + CELL, corner[1] + CELL)
-            panel.paste(page.crop(box), corner)
-        left = place * (width + 16)
+    per_row = width // CELL
+    header, gap = 64, 24
+    n_visual = per_row * height // CELL
+    panels = [(f"the page: {n_visual} visual tokens", "stock SGLang keeps all", page)]
+    for caption, report in answers:
+        heads = [head for layer in report["selection"] for head in layer]
+        counts = Counter(ordinal for head in heads for ordinal in head)
+        most = max(counts.values())
+        panel = Image.new("RGB", page.size, "white")
+        for ordinal, count in counts.items():
+            y, x = divmod(ordinal, per_row)
+            box = (x * CELL, y * CELL, (x + 1) * CELL, (y + 1) * CELL)
+            # The ink stays the page's, the paper becomes the marker's.
+            marked = ImageChops.multiply(page.crop(box), Image.new("RGB", (CELL, CELL), MARKER))
+            panel.paste(Image.blend(panel.crop(box), marked, count / most), box)
+        below = f"{report['columns']} of {n_visual} slots; darker: kept by more heads"
+        panels.append((caption, below, panel))
+    sheet = Image.new("RGB", (len(panels) * (width + gap) + gap, height + header + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (caption, below, panel) in enumerate(panels):
+        left = gap + place * (width + gap)
+        draw.text((left, 8), caption, fill="black", font_size=22)
+        draw.text((left, 36), below, fill="#666666", font_size=18)
         sheet.paste(panel, (left, header))
-        text = f"layer {layer}, KV head 0: {budgets[layer]} of {report['visual_tokens']} kept"
-        ImageDraw.Draw(sheet).text((left + 8, 8), text, fill="black", font_size=24)
-    return sheet
+        draw.rectangle((left - 1, header - 1, left + width, header + height), outline="#999999")
+    return sheet.quantize(64)
 
 
 def run(picture: Path, say: Progress) -> bool:
@@ -157,6 +186,7 @@ def run(picture: Path, say: Progress) -> bool:
     page = invoice(NUMBER)
     rows, columns = page.sheet.shape
     picture.parent.mkdir(parents=True, exist_ok=True)
+    page.image().save(picture.with_name("demo-page.png"))
     found = []
     say("starting stock SGLang: --kv-policy none")
     with server_of("none", picture.parent) as server:
@@ -172,24 +202,17 @@ def run(picture: Path, say: Progress) -> bool:
             say(f"asking the same questions at retention {retention:g}")
             name = f"aircache, retention {retention:g}"
             found.append(ask(server, name, page, {"retention": retention}))
-        answer = server.chat(
-            QUESTIONS["SUM"],
-            images=[page.image()],
-            max_tokens=2,
-            return_meta_info=True,
-            custom_params={
-                # Two tokens would not pay for the compression.
-                "aircache": {"retention": RETENTIONS[-1], "return_selection": True, "gate": "off"}
-            },
-        )
+        pictured = [(code, ask_for_selection(server, code, page)) for code in PICTURED]
         say("stopping it")
 
-    report = answer["choices"][0]["meta_info"]["aircache"]
-    selection_picture(page.image(), report).save(picture)
+    captions = [(f"{code}?  answer: {text}", report) for code, (text, report) in pictured]
+    selection_picture(page.image(), captions).save(picture)
     print(f"\n{table(found, rows * columns)}\n")
     for question, *answers in zip(QUESTIONS.values(), *(row.answers for row in found), strict=True):
         print(f"  {question:40}{'  '.join(answers)}")
-    print(f"\nThe visual tokens that three layers keep at retention {RETENTIONS[-1]:g}: {picture}")
+    print(
+        f"\nWhat two of the questions leave of the page at retention {RETENTIONS[-1]:g}: {picture}"
+    )
     return found[1].answers == found[0].answers
 
 

@@ -444,19 +444,23 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
         yield f"**{len(stray)} answers were to be compressed and were not.**\n"
 
 
-def curve(path: Path, name: str, scores: Scores) -> Iterator[Path]:
-    """Score over retention, a line a policy."""
+def curve(path: Path, name: str, scores: Scores, metric: str) -> Iterator[Path]:
+    """Score over retention, a line a policy, on the samples of the first table."""
+    retentions = [r for r in scores.retentions(POLICIES) if r < 1]
+    full = Setting.of(FULL)
+    samples = scores.common([full, *(Setting.of(p, r) for p in POLICIES for r in retentions)])
     lines = {}
     for policy in POLICIES:
-        settings = [Setting.of(policy, r) for r in scores.retentions([policy]) if r < 1]
-        samples = scores.common(settings)
+        settings = [Setting.of(policy, r) for r in retentions]
         points = [(s.retention, scores.score(s, samples)) for s in settings if scores.has(s)]
-        if len(points) > 1:
+        if samples and len(points) > 1:
             lines[policy] = points
     if lines:
         label = "share of the visual KV that is kept"
-        full = scores.score(Setting.of(FULL), list(scores.of(Setting.of(FULL))))
-        yield plot(path.with_name(f"{path.stem}-{name}.png"), lines, label, full=full, falling=True)
+        picture = path.with_name(f"{path.stem}-{name}.png")
+        level = scores.score(full, samples)
+        height = f"{metric.replace('_', ' ')}, {len(samples)} samples"
+        yield plot(picture, lines, label, height=height, full=level, falling=True)
 
 
 def ranks(path: Path, name: str, scores: Scores) -> Iterator[Path]:
@@ -494,20 +498,28 @@ def plot(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    figure, axis = pyplot.subplots(figsize=(8, 4.2))
     if full is not None:
-        axis.axhline(full, color="gray", linestyle="--", label=NAMES[FULL])
-    for policy, points in lines.items():
-        width = 2.5 if policy == "aircache" else 1.2
-        axis.plot(*zip(*points, strict=True), "o-", lw=width, label=NAMES.get(policy, policy))
+        axis.axhline(full, color="black", linestyle="--", label=NAMES[FULL])
+    others = iter(f"C{i}" for i in (0, 1, 2, 4, 5, 6, 7, 8, 9))
+    for policy in sorted(lines, key=lambda policy: -sum(y or 0 for _, y in lines[policy])):
+        ours = policy == "aircache"
+        style: dict[str, Any] = {"lw": 3, "ms": 7, "color": "C3", "zorder": 3} if ours else {}
+        style = style or {"lw": 1.2, "ms": 4, "color": next(others)}
+        points = zip(*lines[policy], strict=True)
+        axis.plot(*points, "o-", label=NAMES.get(policy, policy), **style)
     axis.set_xscale("log")
+    marks = sorted({x for points in lines.values() for x, _ in points})
+    axis.set_xticks(marks, [percent(x) if falling else f"{x:g}" for x in marks], minor=False)
+    axis.xaxis.set_minor_locator(NullLocator())
     if falling:
         axis.invert_xaxis()
     axis.set_xlabel(label)
     axis.set_ylabel(height)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
@@ -541,11 +553,12 @@ def sections(path: Path, page: Path) -> Iterator[str]:
         if name == "ours":
             of_set = with_anls(of_set)
         scores = Scores(of_set)
-        yield f"## Data set `{name}`, {', '.join(sorted({row['metric'] for row in of_set}))}\n"
+        metric = ", ".join(sorted({row["metric"] for row in of_set}))
+        yield f"## Data set `{name}`, {metric}\n"
         yield from checks(of_set)
         yield from policy_tables(scores, of_set)
         yield from full_cache_table(of_set)
-        for picture in (*curve(path, name, scores), *ranks(path, name, scores)):
+        for picture in (*curve(path, name, scores, metric), *ranks(path, name, scores)):
             yield f"![{picture.stem}]({os.path.relpath(picture, page.parent)})\n"
         yield from ablation_tables(scores)
         yield from unified_table(scores)

@@ -347,9 +347,10 @@ def plot(path: Path, rows: list[Row]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
-    cells = Cells(rows, "serving")
-    lines = [line for line in lines_of(cells, bandwidth_of(rows)) if isinstance(line, Line)]
+    cells, bandwidth = Cells(rows, "serving"), bandwidth_of(rows)
+    lines = [line for line in lines_of(cells, bandwidth) if isinstance(line, Line)]
     if not lines:
         return
     batches = sorted({line.batch for line in lines})
@@ -365,23 +366,28 @@ def plot(path: Path, rows: list[Row]) -> None:
                 continue
             name = retention_name(retention)
             lengths = [line.visual_tokens for line in of]
-            style = {"color": f"C{color}"}
+            # Retention 1 lies on stock's line, and must not hide it.
+            width, style = 4 if retention is None else 1.5, {"color": f"C{color}"}
             times = [1000 * line.of("token_seconds") for line in of]
-            upper.plot(lengths, times, marker="o", label=name, **style)
+            upper.plot(lengths, times, marker="o", lw=width, label=name, **style)
             bounds = [line.bound_seconds for line in of]
             if all(bound is not None for bound in bounds):
                 upper.plot(lengths, [1000 * (b or 0) for b in bounds], linestyle=":", **style)
             used = [(line.visual_tokens, line.rows[0]["kv_decode"]) for line in of]
-            lower.plot(*zip(*used, strict=True), marker="o", **style)
+            lower.plot(*zip(*used, strict=True), marker="o", lw=width, **style)
         upper.set_title(f"batch {batch}")
         lower.set_xlabel("visual tokens per request")
         for axis in (upper, lower):
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ms per token (dotted: bound)")
+    axes[0][0].set_ylabel("ms per token")
     axes[1][0].set_ylabel("KV tokens in decode")
-    axes[0][0].legend()
-    figure.tight_layout()
+    handles, _ = axes[0][0].get_legend_handles_labels()
+    if bandwidth:
+        bound = f"bound: weights and KV read once at {bandwidth / 1e9:.1f} GB/s"
+        handles.append(Line2D([], [], color="black", linestyle=":", label=bound))
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     pyplot.close(figure)
 
