@@ -200,7 +200,12 @@ class Compressor:
                 part = state.stash.claim(chunk, self.table.req_to_token[row], queries)
                 if part is not None:
                     sums.append(part)
-        return Work(queries=queries if len(queries) else None, sums=sums, extends=extends)
+        return Work(
+            queries=queries if len(queries) else None,
+            sums=sums,
+            extends=extends,
+            extends_all=len(extends) == len(batch.reqs),
+        )
 
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
         prompt = record.intent.prompt
