@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
@@ -52,6 +53,7 @@ class Work:
     queries: what keeps queries of a prefill, if it keeps any.
     sums: queries whose attention to the picture is added up.
     extends: the requests of a prefill that extend a replica; extends_all: there are no others.
+    packs: the pass follows the forward.
     """
 
     records: Sequence[CompressionRecord | None] = ()
@@ -59,6 +61,12 @@ class Work:
     sums: Sequence[SumWork] = ()
     extends: Sequence[ExtendJob] = ()
     extends_all: bool = False
+    packs: bool = False
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether a prefill does more than SGLang's own."""
+        return bool(self.queries or self.sums or self.extends or self.packs)
 
 
 class AttentionState:
@@ -250,16 +258,26 @@ def compressing(stock: type) -> type:
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            work = self.aircache.work
-            eager = bool(work.queries or work.sums or work.extends)
-            return not eager and (stock_rule is None or stock_rule(forward_batch))
+            if self.aircache.work.in_prefill:
+                return False
+            return stock_rule is None or bool(stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> Any:
             """Our decode reads the live row and table in every layer; all else is stock."""
-            ends = super().shared_read_ends(fm)
             if fm.is_decode() and self.aircache.decodes():
-                return type(ends).POST_REPLAY
-            return ends
+                return SharedReadEnds.POST_REPLAY
+            return super().shared_read_ends(fm)
+
+        def resolve_prefill_shared_read_ends(self, forward_batch: Any, **kwargs: Any) -> Any:
+            """When the scheduler may overwrite what a prefill reads; with work of ours, behind it.
+
+            Every layer of ours reads live rows, and the pass behind the forward reads and rewrites
+            them. UNKNOWN publishes no event, so that the schedule stream waits for all that
+            `forward_batch_generation` has launched (managers/scheduler.py, _apply_war_barrier).
+            """
+            if self.aircache.work.in_prefill:
+                return SharedReadEnds.UNKNOWN
+            return super().resolve_prefill_shared_read_ends(forward_batch, **kwargs)
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend

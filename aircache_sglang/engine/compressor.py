@@ -205,7 +205,13 @@ class Compressor:
             sums=sums,
             extends=extends,
             extends_all=len(extends) == len(batch.reqs),
+            packs=any(self._unpacked(req) for req in batch.reqs),
         )
+
+    def _unpacked(self, req: Any) -> CompressionRecord | None:
+        """The record of a request whose prefill ends in the batch that is about to run, or ran."""
+        record = self.records.get(req.kv.req_pool_idx)
+        return record if record is not None and record.budgets is None else None
 
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
         prompt = record.intent.prompt
@@ -220,8 +226,8 @@ class Compressor:
         jobs: list[Job] = []
         packed: list[Any] = []
         for req in reqs:
-            record = self.records.get(req.kv.req_pool_idx)
-            if record is not None and record.budgets is None:
+            record = self._unpacked(req)
+            if record is not None:
                 state = state_of(req)
                 assert state.stash is not None, "a record was opened without a prefill"
                 jobs.append(state.stash.job(record))

@@ -159,7 +159,10 @@ def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionS
     assert len(backend.plans) == 2
 
 
-@pytest.mark.parametrize("work", ["queries", "sums", "extends"])
+IN_PREFILL = ("queries", "sums", "extends", "packs")
+
+
+@pytest.mark.parametrize("work", IN_PREFILL)
 def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
