@@ -59,6 +59,7 @@ class Compressor:
         heads = TensorParallelHeads(
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
+        heads.check_same((config, decode, pool.size))
         inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self.compress: CompressionPass
         decoder: Decoder
@@ -101,10 +102,17 @@ class Compressor:
         return state.intent
 
     def decline(self, req: Any, reason: Reason) -> None:
-        """Serve this life of a request uncompressed."""
+        """Serve this life of a request uncompressed.
+
+        Tensor-parallel ranks decline alike, since a rank alone would leave the others waiting in
+        the pass. `decide` looks at a request, which the scheduler broadcasts, and at settings,
+        which `check_same` has compared. Slots are missing on all ranks or on none: their pools are
+        of one size, and the same requests were admitted, freed and evicted in the same order
+        (engine/tree.py); SGLang's batches hang on the same. Masses are means over the ranks.
+        """
         self.metrics.left_alone(reason)
         state = state_of(req)
-        state.reason = reason
+        state.reason, state.stash = reason, None
         state.decided(req, None)
 
     def slots_to_reserve(self, req: Any, extend_input_len: int | None) -> int:
