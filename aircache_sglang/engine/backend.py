@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.stash import BatchStash
+from aircache_sglang.runtime.transfer import to_device
 
 # Two variants of every decode CUDA graph: SGLang's own, and one for batches with packed cells.
 PLAIN, COMPRESSED = "plain", "aircache"
@@ -48,13 +52,21 @@ class Work:
     records: of a decode step's rows, None for the uncompressed; empty if all are.
     queries: what keeps queries of a prefill, if it keeps any.
     sums: queries whose attention to the picture is added up.
-    extends: the requests of a prefill that extend a replica.
+    extends: the requests of a prefill that extend a replica; extends_all: there are no others.
+    packs: the pass follows the forward.
     """
 
     records: Sequence[CompressionRecord | None] = ()
     queries: BatchStash | None = None
     sums: Sequence[SumWork] = ()
     extends: Sequence[ExtendJob] = ()
+    extends_all: bool = False
+    packs: bool = False
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether a prefill does more than SGLang's own."""
+        return bool(self.queries or self.sums or self.extends or self.packs)
 
 
 class AttentionState:
@@ -73,6 +85,7 @@ class AttentionState:
         self.pool, self.decoder, self.extender = pool, decoder, extender
         self._capture_variant = capture_variant
         self.work = Work()
+        self._shortened: tuple[Any, Any] | None = None
 
     @contextlib.contextmanager
     def during(self, work: Work) -> Iterator[None]:
@@ -83,7 +96,7 @@ class AttentionState:
                 self.extender.plan(work.extends)
             yield
         finally:
-            self.work = Work()
+            self.work, self._shortened = Work(), None
 
     def stash(self, q: torch.Tensor, layer: Any) -> None:
         """Keep the queries that the work names; q: [tokens, H_q * D], after RoPE."""
@@ -100,12 +113,38 @@ class AttentionState:
                 keys = self.pool.k_all[index].index_select(0, part.slots)
                 part.total.add(index, heads[part.source], keys, part.first, layer.scaling)
 
+    def stock_batch(self, forward_batch: Any) -> Any:
+        """A batch as stock attention sees it: what extends a replica begins with its new tokens.
+
+        Their rows are overwritten, so the tokens before them need not be read; the others' lengths
+        are their own.
+        """
+        if not self.work.extends:
+            return forward_batch
+        if self._shortened is None or self._shortened[0] is not forward_batch:
+            self._shortened = (forward_batch, without_prefixes(forward_batch, self.work.extends))
+        return self._shortened[1]
+
     def extend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         """Overwrite the rows of `out` [tokens, H_q * D] that extend a replica."""
         if self.work.extends:
             heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
             results = out.view(-1, layer.tp_q_head_num, layer.v_head_dim)
             self.extender.attend(heads, results, layer)
+
+    def extend_all(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        """A layer where all requests extend a replica; q: [tokens, H_q * D], returns the same."""
+        self.write(k, v, layer, forward_batch, save_kv_cache)
+        out = q.new_empty(len(q), layer.tp_q_head_num * layer.v_head_dim)
+        self.extend(q, out, layer)
+        return out
+
+    def write(self, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> None:
+        """Store the new tokens' KV, unless the model has done so (fused with RoPE)."""
+        if save_kv_cache and k is not None:
+            self.pool.write(layer, forward_batch.out_cache_loc, k, v)
 
     def decodes(self) -> bool:
         """Whether this decode step, or the graph that is being captured, has packed cells."""
@@ -116,11 +155,32 @@ class AttentionState:
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
         """Write the new token's cell and attend; q: [bs, H_q * D], returns [bs, H_q * D]."""
-        if save_kv_cache and k is not None:
-            self.pool.write(layer, forward_batch.out_cache_loc, k, v)
+        self.write(k, v, layer, forward_batch, save_kv_cache)
         heads = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = self.decoder.attend(heads, layer, forward_batch)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+
+def without_prefixes(forward_batch: Any, jobs: Sequence[ExtendJob]) -> Any:
+    """A copy of a prefill batch in which the requests of `jobs` have nothing before their new
+    tokens (model_executor/forward_batch_info.py, ForwardBatch)."""
+    batch = copy.copy(forward_batch)
+    lengths, prefixes = batch.extend_seq_lens_cpu, list(batch.extend_prefix_lens_cpu)
+    first_rows = list(itertools.accumulate(lengths, initial=0))
+    members = [first_rows.index(job.source.start) for job in jobs]
+    dropped = sum(prefixes[i] for i in members)
+    for i in members:
+        prefixes[i] = 0
+    ends = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
+    device = batch.seq_lens.device
+    batch.extend_prefix_lens_cpu = prefixes
+    batch.extend_prefix_lens = to_device(prefixes, device, batch.extend_prefix_lens.dtype)
+    batch.seq_lens = to_device(ends, device, batch.seq_lens.dtype)
+    if batch.seq_lens_cpu is not None:
+        batch.seq_lens_cpu = torch.tensor(ends, dtype=batch.seq_lens_cpu.dtype)
+    if batch.seq_lens_sum is not None:
+        batch.seq_lens_sum -= dropped
+    return batch
 
 
 class DecodeGraphVariants:
@@ -141,20 +201,20 @@ class DecodeGraphVariants:
 def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
-    Prefill is stock but for requests that extend a replica, and so is the decode of a batch with
-    nothing compressed in it.
+    Prefill is stock but for requests that extend a replica, and it does not run where there are no
+    others. So is the decode of a batch with nothing compressed in it.
     """
 
     class CompressingBackend(stock):
         aircache: AttentionState
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
-            """Eager; the stock decode, and so its plan, is not needed beside ours."""
-            state = self.aircache
-            if forward_batch.forward_mode.is_decode() and state.work.records:
+            """Eager; the stock attention, and so its plan, is not needed where all is ours."""
+            state, decodes = self.aircache, forward_batch.forward_mode.is_decode()
+            if decodes and state.work.records:
                 state.decoder.plan(forward_batch, state.work.records)
-            else:
-                super().init_forward_metadata(forward_batch)
+            elif decodes or not state.work.extends_all:
+                super().init_forward_metadata(state.stock_batch(forward_batch))
 
         def init_forward_metadata_out_graph(
             self, forward_batch: Any, in_capture: bool = False
@@ -183,7 +243,10 @@ def compressing(stock: type) -> type:
             if decodes and state.decodes():
                 return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
             if not decodes:
+                if state.work.extends_all:
+                    return state.extend_all(q, k, v, layer, forward_batch, save_kv_cache)
                 state.stash(q, layer)
+                forward_batch = state.stock_batch(forward_batch)
             out = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
@@ -195,16 +258,26 @@ def compressing(stock: type) -> type:
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
             """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            work = self.aircache.work
-            eager = bool(work.queries or work.sums or work.extends)
-            return not eager and (stock_rule is None or stock_rule(forward_batch))
+            if self.aircache.work.in_prefill:
+                return False
+            return stock_rule is None or bool(stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> Any:
             """Our decode reads the live row and table in every layer; all else is stock."""
-            ends = super().shared_read_ends(fm)
             if fm.is_decode() and self.aircache.decodes():
-                return type(ends).POST_REPLAY
-            return ends
+                return SharedReadEnds.POST_REPLAY
+            return super().shared_read_ends(fm)
+
+        def resolve_prefill_shared_read_ends(self, forward_batch: Any, **kwargs: Any) -> Any:
+            """When the scheduler may overwrite what a prefill reads; with work of ours, behind it.
+
+            Every layer of ours reads live rows, and the pass behind the forward reads and rewrites
+            them. UNKNOWN publishes no event, so that the schedule stream waits for all that
+            `forward_batch_generation` has launched (managers/scheduler.py, _apply_war_barrier).
+            """
+            if self.aircache.work.in_prefill:
+                return SharedReadEnds.UNKNOWN
+            return super().resolve_prefill_shared_read_ends(forward_batch, **kwargs)
 
     CompressingBackend.__name__ = CompressingBackend.__qualname__ = f"AirCache{stock.__name__}"
     return CompressingBackend

@@ -59,6 +59,7 @@ class Compressor:
         heads = TensorParallelHeads(
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
+        heads.check_same((config, decode, pool.size))
         inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self.compress: CompressionPass
         decoder: Decoder
@@ -101,10 +102,17 @@ class Compressor:
         return state.intent
 
     def decline(self, req: Any, reason: Reason) -> None:
-        """Serve this life of a request uncompressed."""
+        """Serve this life of a request uncompressed.
+
+        Tensor-parallel ranks decline alike, since a rank alone would leave the others waiting in
+        the pass. `decide` looks at a request, which the scheduler broadcasts, and at settings,
+        which `check_same` has compared. Slots are missing on all ranks or on none: their pools are
+        of one size, and the same requests were admitted, freed and evicted in the same order
+        (engine/tree.py); SGLang's batches hang on the same. Masses are means over the ranks.
+        """
         self.metrics.left_alone(reason)
         state = state_of(req)
-        state.reason = reason
+        state.reason, state.stash = reason, None
         state.decided(req, None)
 
     def slots_to_reserve(self, req: Any, extend_input_len: int | None) -> int:
@@ -200,7 +208,18 @@ class Compressor:
                 part = state.stash.claim(chunk, self.table.req_to_token[row], queries)
                 if part is not None:
                     sums.append(part)
-        return Work(queries=queries if len(queries) else None, sums=sums, extends=extends)
+        return Work(
+            queries=queries if len(queries) else None,
+            sums=sums,
+            extends=extends,
+            extends_all=len(extends) == len(batch.reqs),
+            packs=any(self._unpacked(req) for req in batch.reqs),
+        )
+
+    def _unpacked(self, req: Any) -> CompressionRecord | None:
+        """The record of a request whose prefill ends in the batch that is about to run, or ran."""
+        record = self.records.get(req.kv.req_pool_idx)
+        return record if record is not None and record.budgets is None else None
 
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
         prompt = record.intent.prompt
@@ -215,8 +234,8 @@ class Compressor:
         jobs: list[Job] = []
         packed: list[Any] = []
         for req in reqs:
-            record = self.records.get(req.kv.req_pool_idx)
-            if record is not None and record.budgets is None:
+            record = self._unpacked(req)
+            if record is not None:
                 state = state_of(req)
                 assert state.stash is not None, "a record was opened without a prefill"
                 jobs.append(state.stash.job(record))

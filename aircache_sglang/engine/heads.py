@@ -19,8 +19,24 @@ class TensorParallelHeads:
         self._size = int(group.world_size)
         self._replicas = max(1, self._size // n_kv_heads)
 
+    def check_same(self, value: object) -> None:
+        """Called once by every rank, at the start. Raises RuntimeError unless all bring one value.
+
+        What is decided about a request follows from what the scheduler broadcasts and from this
+        (`Compressor.decline`); on several machines each has flags of its own.
+        """
+        if self._size == 1:
+            return
+        found = [""] * self._size
+        torch.distributed.all_gather_object(found, repr(value), group=self._group.cpu_group)
+        if len(set(found)) > 1:
+            raise RuntimeError(
+                "--kv-policy needs the same settings on every tensor-parallel rank, got "
+                + "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+            )
+
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Mean over ranks of equally many heads each, the same on every rank."""
+        """Mean over ranks of equally many heads each; an all-reduce leaves identical copies."""
         if self._size == 1:
             return tensor
         total = tensor.clone()

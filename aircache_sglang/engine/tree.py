@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import heapq
+import math
 import sys
 import time
 from collections.abc import Hashable, Iterator
@@ -169,6 +170,10 @@ class SpanTree(RadixCache):
     """SGLang's Python radix cache (mem_cache/radix_cache.py) with kinds, tombstones and replicas.
 
     evictable + protected = the slots that the tree owns; a tombstone counts 0.
+
+    Tensor-parallel ranks each have a tree, and must evict the same nodes, or their prefix hits and
+    with them their batches differ. They do: all of them are told the same in the same order, and
+    what goes next follows from that order alone (`_tick`, `_Heaps`).
     text_bound: slots of unlocked pinned text up to which visual KV is evicted before text.
     """
 
@@ -176,6 +181,7 @@ class SpanTree(RadixCache):
 
     def __init__(self, params: CacheInitParams, text_share: float, observer: Observer) -> None:
         self.observer = observer
+        self._now = 0.0
         super().__init__(params)
         self.text_bound = text_share * self.token_to_kv_pool_allocator.size
 
@@ -233,7 +239,7 @@ class SpanTree(RadixCache):
 
     def _follow(self, node: Node, key: RadixKey, offset: int) -> tuple[Node, int]:
         """Walk from `node` along key[offset:] through nodes with slots: (last node, length)."""
-        now = time.monotonic()
+        now = self._tick()
         node.last_access_time = now
         for child, matched in self._walk(node, key, offset):
             child.last_access_time = now
@@ -302,7 +308,7 @@ class SpanTree(RadixCache):
         generated; a node of generated text that this prompt runs through is promoted to PROMPT.
         With `below`, a node that ends at `offset`, insertion starts there.
         """
-        node, now = below or self.root_node, time.monotonic()
+        node, now = below or self.root_node, self._tick()
         node.last_access_time = now
         duplicates: list[tuple[int, int]] = []
 
@@ -338,7 +344,6 @@ class SpanTree(RadixCache):
             kind, end = _segment(key, offset, prompt_len)
             child = Node(kind, priority)
             child.key, child.value = key[offset:end], slots[offset:end].clone()
-            child.last_access_time = now
             self._attach(node, child, key.child_key_at(offset))
             visited(child, end)
             node, offset = child, end
@@ -361,6 +366,7 @@ class SpanTree(RadixCache):
         node.key, node.value, node.content = key[start:], replica.slots, replica
         node.replica = node
         siblings.append(node)
+        self._tick()
         self._attach(head, node, ("packed", node.id))
         return node
 
@@ -371,8 +377,14 @@ class SpanTree(RadixCache):
             node.read_by = replica if alone else None
             node = node.parent
 
+    def _tick(self) -> float:
+        """The time of an access, later than the last one whatever the clock's resolution."""
+        self._now = max(time.monotonic(), math.nextafter(self._now, math.inf))
+        return self._now
+
     def _attach(self, parent: Node, child: Node, place: Hashable) -> None:
         child.parent, child.place = parent, place
+        child.creation_time = child.last_access_time = self._now
         child.end = parent.end + len(child.key)
         if child.replica is None:
             child.replica = parent.replica

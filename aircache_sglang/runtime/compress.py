@@ -142,7 +142,8 @@ class TorchPass:
         else:
             sizes = [columns(share, record.intent.prompt.n_visual) for share in MASS_LADDER]
             choices = keep(found, record, inputs.heads, sizes)
-            # The one wait: columns are freed, and rows laid out, by the host.
+            # The one wait: columns are freed, and rows laid out, by the host. Every rank reads the
+            # same masses, and so settles for the same size.
             masses = torch.stack([choice.mass for choice in choices]).tolist()
             reached = [mass >= config.min_visual_mass for mass in masses]
             if not any(reached):

@@ -24,6 +24,7 @@ from aircache_sglang.engine.backend import (
     Work,
     adopt,
 )
+from aircache_sglang.runtime.extend import ExtendJob
 
 RECORD: Any = object()
 
@@ -158,7 +159,10 @@ def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionS
     assert len(backend.plans) == 2
 
 
-@pytest.mark.parametrize("work", ["queries", "sums", "extends"])
+IN_PREFILL = ("queries", "sums", "extends", "packs")
+
+
+@pytest.mark.parametrize("work", IN_PREFILL)
 def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
@@ -176,3 +180,107 @@ def test_shared_reads_end_later_for_packed_cells_alone(backend: Any, state: Atte
     changed = {ForwardMode.DECODE: SharedReadEnds.POST_REPLAY}
     with state.during(Work(records=[RECORD])):
         assert {mode: backend.shared_read_ends(mode) for mode in ForwardMode} == stock | changed
+
+
+class Extender:
+    """Answers 2 in the rows of its jobs."""
+
+    def __init__(self) -> None:
+        self.jobs: Any = ()
+
+    def plan(self, jobs: Any) -> None:
+        self.jobs = jobs
+
+    def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
+        for job in self.jobs:
+            out[job.source] = 2.0
+
+
+class SpiedStock(AttentionBackend):
+    """Keeps the batches that it is asked to plan and to attend to; answers 0."""
+
+    def __init__(self) -> None:
+        self.planned: list[Any] = []
+        self.attended: list[Any] = []
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.planned.append(forward_batch)
+
+    def forward(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, **kwargs: Any) -> Any:
+        self.attended.append(batch)
+        return torch.zeros_like(q)
+
+
+def prefill(prefixes: list[int], lengths: list[int]) -> Any:
+    """The lengths of a ForwardBatch (model_executor/forward_batch_info.py, init_new)."""
+    ends = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        out_cache_loc=torch.arange(1, 1 + sum(lengths)),
+        extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+        extend_prefix_lens_cpu=prefixes,
+        extend_seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        extend_seq_lens_cpu=lengths,
+        seq_lens=torch.tensor(ends),
+        seq_lens_cpu=torch.tensor(ends),
+        seq_lens_sum=sum(ends),
+    )
+
+
+def job(start: int, end: int, first_row: int) -> ExtendJob:
+    return ExtendJob(RECORD, start, end, slice(first_row, first_row + end - start))
+
+
+@pytest.fixture
+def spied() -> Any:
+    """A compressing backend around SpiedStock whose pool notes what is written."""
+    written: list[Any] = []
+    pool: Any = SimpleNamespace(start_layer=0, write=lambda *args: written.append(args))
+    backend = SpiedStock()
+    adopt(backend, AttentionState(pool, Decoder(), Extender(), get_capture_attention_variant))
+    backend.written = written  # type: ignore[attr-defined]
+    return backend
+
+
+def run(backend: Any, batch: Any, work: Work, **kwargs: Any) -> list[float]:
+    """A prefill of one layer as the eager runner leads it; the rows' results."""
+    q = torch.zeros(sum(batch.extend_seq_lens_cpu), 6)
+    with backend.aircache.during(work):
+        backend.init_forward_metadata(batch)
+        out = backend.forward(q, q, q, LAYER, batch, **kwargs)
+    assert out.shape == q.shape
+    return out[:, 0].tolist()  # type: ignore[no-any-return]
+
+
+def test_a_prefill_of_follow_ups_alone_runs_no_stock_attention(spied: Any) -> None:
+    batch = prefill([40, 50], [2, 3])
+    work = Work(extends=[job(40, 42, 0), job(50, 53, 2)], extends_all=True)
+    assert run(spied, batch, work) == [2.0] * 5
+    assert spied.planned == spied.attended == []
+    ((layer, slots, k, v),) = spied.written
+    assert layer is LAYER and slots is batch.out_cache_loc and len(k) == len(v) == 5
+    # RoPE fused with the write leaves nothing to write.
+    run(spied, batch, work, save_kv_cache=False)
+    assert len(spied.written) == 1
+
+
+def test_stock_attention_does_not_read_what_follow_ups_extend(spied: Any) -> None:
+    """In a mixed batch it sees their new tokens alone, and the others as they are."""
+    batch = prefill([7, 40, 0, 50], [4, 2, 5, 3])
+    work = Work(extends=[job(40, 42, 4), job(50, 53, 11)])
+    assert run(spied, batch, work) == [0.0] * 4 + [2.0] * 2 + [0.0] * 5 + [2.0] * 3
+    (seen,) = {id(b): b for b in (*spied.planned, *spied.attended)}.values()
+    assert len(spied.planned) == len(spied.attended) == 1 and spied.written == []
+    assert seen.extend_prefix_lens_cpu == seen.extend_prefix_lens.tolist() == [7, 0, 0, 0]
+    assert seen.seq_lens.tolist() == seen.seq_lens_cpu.tolist() == [11, 2, 5, 3]
+    assert seen.seq_lens_sum == 21 and seen.out_cache_loc is batch.out_cache_loc
+    for name in ("extend_prefix_lens", "seq_lens", "seq_lens_cpu"):
+        assert getattr(seen, name).dtype == getattr(batch, name).dtype
+    # SGLang's own batch, from which logits are taken, is as it was.
+    assert batch.extend_prefix_lens_cpu == [7, 40, 0, 50] and batch.seq_lens_sum == 111
+
+
+def test_other_prefills_are_handed_on_as_they_are(spied: Any) -> None:
+    batch = prefill([7, 0], [4, 5])
+    assert run(spied, batch, Work()) == [0.0] * 9
+    assert spied.planned[0] is spied.attended[0] is batch

@@ -9,6 +9,8 @@ computed from, so that a row that holds the wrong KV, exact or lossy, is found a
 from __future__ import annotations
 
 import dataclasses
+import random
+import time
 from array import array
 from collections import Counter
 from types import SimpleNamespace
@@ -32,6 +34,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.engine import tree
 from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 from aircache_sglang.engine.request import RequestState
 from aircache_sglang.engine.tree import Kind
@@ -125,7 +128,7 @@ class Request:
 class World:
     """Tree, allocator and requests, with the labels of the slots."""
 
-    def __init__(self, *, disable: bool = False) -> None:
+    def __init__(self, *, disable: bool = False, policy: str = "lru") -> None:
         self.rows = Rows()
         kv = torch.zeros(2, POOL + 1, 1, 1)
         table = CompressionTable(self.rows.req_to_token, 2)
@@ -137,6 +140,7 @@ class World:
         self.counts: Counter[str] = Counter()
         params = CacheInitParams(
             disable=disable,
+            eviction_policy=policy,
             req_to_token_pool=self.rows,  # type: ignore[arg-type]
             token_to_kv_pool_allocator=self.allocator,
             page_size=1,
@@ -707,6 +711,28 @@ def test_what_a_retracted_request_had_said(evicted: bool) -> None:
     world.check()
     world.release(req, checkpoint=True)
     assert complete(world, (*turn, 5, 6, 7), mode="compressed") == (7 if evicted else 9)
+
+
+CLOCKS = {"fine": time.monotonic, "of whole seconds": lambda: float(int(time.monotonic()))}
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "fifo", "mru", "filo", "priority"])
+def test_ranks_evict_the_same_nodes(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor-parallel rank has its own clock; hits and free slots must be the same on all."""
+    histories = []
+    for clock in CLOCKS.values():
+        namespace = SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter)
+        monkeypatch.setattr(tree, "time", namespace)
+        world, rng, history = World(policy=policy), random.Random(3), []
+        for _ in range(120):
+            name, tail = rng.randrange(6), rng.randrange(4)
+            ids = (*HEAD, *picture(name), tail, tail + 1)
+            mode = rng.choice(["plain", "exact", "compressed"])
+            hit = complete(world, ids, (7, 8), mode=mode)
+            history.append((hit, world.allocator.free_pages.tolist(), dict(world.counts)))
+        histories.append(history)
+    assert world.counts["visual"] and world.counts["packed"] and world.counts["generated"]
+    assert histories[0] == histories[1]
 
 
 def test_without_a_tree() -> None:

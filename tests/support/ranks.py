@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tensor-parallel rank in a process of its own, with nothing of SGLang."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from aircache_sglang.engine.heads import TensorParallelHeads
+
+RANKS = 2
+
+
+def in_a_group(rank: int, file: str, results: Any) -> None:
+    """What `check_same` says of equal and of unequal settings, and the bits of a few means."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS
+    )
+    world = torch.distributed.group.WORLD
+    group = SimpleNamespace(
+        world_size=RANKS, rank_in_group=rank, device_group=world, cpu_group=world
+    )
+    heads = TensorParallelHeads(group, RANKS)
+    heads.check_same(("retention", 0.1))
+    said = ""
+    try:
+        heads.check_same(("retention", 0.1 * (1 + rank)))
+    except RuntimeError as error:
+        said = str(error)
+    numbers = torch.Generator().manual_seed(rank)
+    means = [
+        heads.mean(torch.rand(size, dtype=torch.float64, generator=numbers)).tolist()
+        for size in (1, 7, 6, 5000)
+    ]
+    results[rank] = (said, means)
+    torch.distributed.destroy_process_group()
