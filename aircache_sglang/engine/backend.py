@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's own attention backend, which also stashes queries and decodes packed cells."""
+"""SGLang's own attention backend, which also stashes queries and decodes packed cells.
+
+Imports no SGLang before it is called by it: a machine with torch and triton alone can test it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
@@ -78,11 +80,15 @@ class AttentionState:
         decoder: Decoder,
         extender: Extender,
         capture_variant: Callable[[], str | None],
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         """capture_variant: the label of the CUDA graph that is being captured, None outside a
         capture (model_executor/runner_utils/capture_mode.py, get_capture_attention_variant).
+        batch_invariant: all decode is ours, so that a packed neighbour changes nobody's kernel.
         """
         self.pool, self.decoder, self.extender = pool, decoder, extender
+        self.batch_invariant = batch_invariant
         self._capture_variant = capture_variant
         self.work = Work()
         self._shortened: tuple[Any, Any] | None = None
@@ -147,9 +153,11 @@ class AttentionState:
             self.pool.write(layer, forward_batch.out_cache_loc, k, v)
 
     def decodes(self) -> bool:
-        """Whether this decode step, or the graph that is being captured, has packed cells."""
+        """Whether this decode step, or the graph that is being captured, is ours."""
         variant = self._capture_variant()
-        return bool(self.work.records) if variant is None else variant == COMPRESSED
+        if variant is not None:
+            return variant == COMPRESSED
+        return self.batch_invariant or bool(self.work.records)
 
     def decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
@@ -194,7 +202,7 @@ class DecodeGraphVariants:
 
     def select(self, forward_batch: Any) -> str:
         """From host knowledge alone, so that a replay waits for nothing."""
-        return COMPRESSED if self._state.work.records else PLAIN
+        return COMPRESSED if self._state.decodes() else PLAIN
 
 
 @functools.cache
@@ -211,7 +219,7 @@ def compressing(stock: type) -> type:
         def init_forward_metadata(self, forward_batch: Any) -> None:
             """Eager; the stock attention, and so its plan, is not needed where all is ours."""
             state, decodes = self.aircache, forward_batch.forward_mode.is_decode()
-            if decodes and state.work.records:
+            if decodes and state.decodes():
                 state.decoder.plan(forward_batch, state.work.records)
             elif decodes or not state.work.extends_all:
                 super().init_forward_metadata(state.stock_batch(forward_batch))
@@ -264,6 +272,8 @@ def compressing(stock: type) -> type:
 
         def shared_read_ends(self, fm: Any) -> Any:
             """Our decode reads the live row and table in every layer; all else is stock."""
+            from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
+
             if fm.is_decode() and self.aircache.decodes():
                 return SharedReadEnds.POST_REPLAY
             return super().shared_read_ends(fm)
@@ -275,6 +285,8 @@ def compressing(stock: type) -> type:
             them. UNKNOWN publishes no event, so that the schedule stream waits for all that
             `forward_batch_generation` has launched (managers/scheduler.py, _apply_war_barrier).
             """
+            from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
+
             if self.aircache.work.in_prefill:
                 return SharedReadEnds.UNKNOWN
             return super().resolve_prefill_shared_read_ends(forward_batch, **kwargs)

@@ -41,6 +41,7 @@ class Compressor:
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
         """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
+        batch_invariant = bool(model_runner.server_args.enable_deterministic_inference)
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
@@ -77,12 +78,15 @@ class Compressor:
 
             self.compress = KernelPass(inputs)
             if decode == "triton":
-                decoder = KernelDecoder(pool, self.table)
+                decoder = KernelDecoder(pool, self.table, batch_invariant=batch_invariant)
             else:
                 n_q, q_dtype = layers[0].tp_q_head_num, model_runner.dtype
                 decoder = FlashInferDecoder(pool, self.table, n_q=n_q, q_dtype=q_dtype, scale=scale)
             extender = KernelExtender(pool, self.table)
-        self.attention = AttentionState(pool, decoder, extender, get_capture_attention_variant)
+        self.attention = AttentionState(
+            *(pool, decoder, extender, get_capture_attention_variant),
+            batch_invariant=batch_invariant,
+        )
         adopt(model_runner.attn_backend, self.attention)
 
     # Admission, on the scheduler's side

@@ -154,3 +154,12 @@ def attention_of(
     matching_dtypes(q, k_all)
     query_group("q", q.shape[1], n_kv)
     int_in("layer", layer, 0, n_layers - 1)
+
+
+def flashinfer_rows(n_layers: int, rows: int) -> None:
+    """FlashInfer addresses rows with int32."""
+    if n_layers * rows >= 2**31:
+        raise ValueError(
+            f"FlashInfer tables need L * rows < 2**31, got {n_layers} * {rows}; use the triton "
+            "decode"
+        )

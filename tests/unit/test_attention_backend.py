@@ -142,6 +142,16 @@ def test_the_captured_label_outweighs_the_records(state: AttentionState) -> None
             assert state.decodes() == expected
 
 
+def test_batches_that_must_not_matter(backend: Any) -> None:
+    """All decode is ours then, eager and in graphs, with nothing compressed too."""
+    state = backend.aircache
+    state.batch_invariant = True
+    assert DecodeGraphVariants(state).select(batch()) == COMPRESSED
+    backend.init_forward_metadata(batch())
+    assert (len(backend.plans), forward(backend), backend.decoded) == (0, 1.0, 0)
+    assert state.decoder.planned == [()]
+
+
 def test_eager_decode(backend: Any, state: AttentionState) -> None:
     """With packed cells our plan and attention, without them the stock ones."""
     backend.init_forward_metadata(batch())

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from aircache_kernels import validation as check
-from aircache_kernels.flashinfer.tables import check_row_range
 
 _SWAPPED = (
     "_paged_kv_indptr_buf",
@@ -58,7 +57,7 @@ class OnePlanDecode:
             ValueError: L * rows >= 2**31.
             ImportError: FlashInfer is not installed.
         """
-        check_row_range(n_layers, rows)
+        check.flashinfer_rows(n_layers, rows)
         check.query_group("n_q", n_q, n_kv)
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 

@@ -64,15 +64,6 @@ def _page_tables_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + at, plane * rows + slot, mask=(j < n_cells) & (at < capacity))
 
 
-def check_row_range(n_layers: int, rows: int) -> None:
-    """FlashInfer addresses rows with int32."""
-    if n_layers * rows >= 2**31:
-        raise ValueError(
-            f"FlashInfer tables need L * rows < 2**31, got {n_layers} * {rows}; use the triton "
-            "decode"
-        )
-
-
 def build_flashinfer_tables(
     tables: Tables,
     req_pool_indices: Tensor,
@@ -104,7 +95,7 @@ def build_flashinfer_tables(
     check.contiguous("kv_indices", kv_indices)
     check.tensor_of("last_page_len", last_page_len, (batch,), torch.int32, device)
     check.contiguous("last_page_len", last_page_len)
-    check_row_range(n_layers, check.int_in("rows", rows, 1))
+    check.flashinfer_rows(n_layers, check.int_in("rows", rows, 1))
     req_to_token, gap_start, gap_len, cell_offset = tables
     _page_tables_kernel[(batch, n_layers, _CHUNKS)](
         req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
