@@ -27,7 +27,13 @@ from aircache_sglang.runtime.decide import Intent, Reason, decide
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.record import CompressionRecord, Stage
-from aircache_sglang.runtime.stash import BatchStash, Job, PrefillStash
+from aircache_sglang.runtime.stash import (
+    QUERY_ROWS,
+    BatchStash,
+    Job,
+    PrefillStash,
+    query_rows,
+)
 from aircache_sglang.runtime.table import CompressionTable
 from aircache_sglang.runtime.transfer import to_device
 
@@ -53,6 +59,7 @@ class Compressor:
         self.records: dict[int, CompressionRecord] = {}
         self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
+        self._query_room = QUERY_ROWS
         self.table = CompressionTable(model_runner.req_to_token_pool.req_to_token, pool.layer_num)
         self.metrics = Metrics.create(config.policy)
         layers = attention_layers(model_runner.model)
@@ -123,14 +130,32 @@ class Compressor:
         """Slots that admission must hold back for the columns if this extend ends the prefill."""
         intent = self.intent(req)
         total = len(req.full_untruncated_fill_ids)
-        extends = req.last_node is not None and req.last_node.replica is not None
         if (
             intent is None
-            or extends
+            or extends_replica(req)
             or (extend_input_len is not None and req.prefix_len + extend_input_len < total)
         ):
             return 0
         return intent.n_extra
+
+    def begin_batch(self, chunked: Any) -> None:
+        """A prefill batch is put together; chunked: the request whose prefill goes on, or None."""
+        self._query_room = QUERY_ROWS - (0 if chunked is None else self._query_rows(chunked))
+
+    def admits(self, req: Any) -> bool:
+        """Whether the queries of a request that was matched fit beside those of the batch so far.
+
+        The rest waits for the next batch, in its turn. Alone every request fits.
+        """
+        rows = self._query_rows(req)
+        if rows > self._query_room:
+            return False
+        self._query_room -= rows
+        return True
+
+    def _query_rows(self, req: Any) -> int:
+        intent = self.intent(req)
+        return 0 if intent is None or extends_replica(req) else query_rows(intent)
 
     def allocate_columns(self, batch: Any) -> None:
         """Open a record, and allocate its slots, for each prefill that ends in this batch."""
@@ -238,13 +263,14 @@ class Compressor:
         jobs: list[Job] = []
         packed: list[Any] = []
         for req in reqs:
-            record = self._unpacked(req)
+            record, state = self._unpacked(req), state_of(req)
             if record is not None:
-                state = state_of(req)
                 assert state.stash is not None, "a record was opened without a prefill"
                 jobs.append(state.stash.job(record))
                 state.stash = None
                 packed.append(req)
+            elif state.stash is not None:
+                state.stash.detach()
         if not jobs:
             return
         self.compress(jobs)
@@ -288,6 +314,11 @@ class Compressor:
         if record is not None and record.stage is Stage.RELEASED and not record.reused:
             self.metrics.finished(record)
         return record
+
+
+def extends_replica(req: Any) -> bool:
+    """Whether the match of a request ends on, or below, a replica."""
+    return req.last_node is not None and req.last_node.replica is not None
 
 
 def chunks(batch: Any) -> Iterator[tuple[Any, Chunk]]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from aircache_sglang.runtime.stash import QUERY_ROWS
+
 
 def attention_layers(model: torch.nn.Module) -> list[Any]:
     """The RadixAttention modules of the language model."""
@@ -39,3 +41,13 @@ def attention_scale(layers: list[Any], policy: str) -> float:
                 f"cap; layer {layer.layer_id} has another"
             )
     return float(scales.pop())
+
+
+def query_bytes(model_config: Any, tp_size: int) -> int:
+    """Memory of one rank that the queries kept for the pass take at most (runtime/stash.py).
+
+    model_config: SGLang's (configs/model_config.py).
+    """
+    heads = model_config.get_num_attention_heads(tp_size)
+    row = model_config.num_hidden_layers * heads * model_config.head_dim
+    return int(QUERY_ROWS * row * model_config.dtype.itemsize)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pass looks at besides the pool, kept while the prefill runs: the queries, layer by layer.
 
-A chunked prefill may split what belongs to one request; each chunk's forward keeps its own.
+A chunked prefill may split what belongs to one request; each chunk's forward keeps its own. No more
+than QUERY_ROWS queries are kept at a time: the scheduler lets requests wait for the next batch
+(`Compressor.admits`), and KV leaves room for so many.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 
 import torch
 
+from aircache_sglang.config import INSTRUCTION_LIMIT
 from aircache_sglang.runtime.attention_sum import AttentionSum, SumWork
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.chunk import Chunk
@@ -17,12 +20,20 @@ from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.transfer import to_device
 
+# Any one request's: an instruction and the longest window `visual-N`.
+QUERY_ROWS = 2 * INSTRUCTION_LIMIT
+
+
+def query_rows(intent: Intent) -> int:
+    """Tokens of a request whose queries are kept, at most QUERY_ROWS."""
+    lo, hi = intent.prompt.instruction
+    return hi - lo + min(intent.prompt.n_visual, policy_of(intent.config).visual_window)
+
 
 class BatchStash:
     """All queries that one forward keeps, in one buffer [L, n, H_q, D]: the ragged Q of `score`.
 
-    One gather a layer and one copy of each query; n is at most the sum of the instructions, 512
-    tokens each (other policies add the visual queries that they look at).
+    One gather a layer and one copy of each query; n is at most QUERY_ROWS.
     """
 
     def __init__(self, n_layers: int) -> None:
@@ -59,19 +70,28 @@ class QueryStash:
     def __init__(self, positions: tuple[int, int]) -> None:
         self.lo, self.hi = positions
         self._filled_to = self.lo
-        self._parts: list[tuple[BatchStash, slice]] = []
+        self._own: list[torch.Tensor] = []
+        self._current: tuple[BatchStash, slice] | None = None
 
     def claim(self, chunk: Chunk, batch: BatchStash) -> None:
         """Have `batch` keep the rows of this forward that belong here, if there are any."""
         part = chunk.within(self._filled_to, self.hi)
         if part is not None:
             self._filled_to = part.end
-            self._parts.append((batch, batch.add(part.rows)))
+            self._current = (batch, batch.add(part.rows))
+
+    def detach(self) -> None:
+        """After a forward that does not end the prefill: let go of what it kept of others."""
+        if self._current is not None:
+            batch, place = self._current
+            self._own.append(batch.rows(place).contiguous())
+            self._current = None
 
     def queries(self) -> torch.Tensor:
         """All of them, [L, hi - lo, H_q, D]; a view where one forward computed them."""
         assert self._filled_to == self.hi, f"stash ends at {self._filled_to}, not {self.hi}"
-        return joined([batch.rows(place) for batch, place in self._parts])
+        last = [] if self._current is None else [self._current[0].rows(self._current[1])]
+        return joined([*self._own, *last])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,17 +112,17 @@ class Job:
 class PrefillStash:
     """What one request's prefill leaves for its `Job`.
 
-    Its visual queries are those from `Intent.first_query` on.
+    Its visual queries are those from `Intent.first_query` on, without the text between pictures.
     """
 
     def __init__(self, intent: Intent) -> None:
         policy, prompt = policy_of(intent.config), intent.prompt
-        self._spans = prompt.spans
         self._instruction = QueryStash(prompt.instruction)
-        self._visual: QueryStash | None = None
+        self._visual: list[QueryStash] = []
         self._sum: AttentionSum | None = None
         if policy.visual_window:
-            self._visual = QueryStash((intent.first_query, prompt.end))
+            lo = intent.first_query
+            self._visual = [QueryStash((max(a, lo), b)) for a, b in prompt.spans if b > lo]
         if policy.accumulates:
             self._sum = AttentionSum(prompt.start, prompt.length, prompt.visual_positions())
 
@@ -111,18 +131,20 @@ class PrefillStash:
 
         Returns what is to be summed up while the forward runs, if anything.
         """
-        for stash in (self._instruction, self._visual):
-            if stash is not None:
-                stash.claim(chunk, queries)
+        for stash in (self._instruction, *self._visual):
+            stash.claim(chunk, queries)
         return None if self._sum is None else self._sum.claim(chunk, row)
+
+    def detach(self) -> None:
+        """After a forward that does not end the prefill."""
+        for stash in (self._instruction, *self._visual):
+            stash.detach()
 
     def job(self, record: CompressionRecord) -> Job:
         """The pass's work, once the prefill has ended."""
         q_visual = accumulated = None
-        if self._visual is not None:
-            q, lo = self._visual.queries(), self._visual.lo
-            spans = [(max(a, lo) - lo, b - lo) for a, b in self._spans if b > lo]
-            q_visual = torch.cat([q[:, a:b] for a, b in spans], dim=1)
+        if self._visual:
+            q_visual = torch.cat([stash.queries() for stash in self._visual], dim=1)
         if self._sum is not None:
             accumulated = self._sum.stacked()
         return Job(record, self._instruction.queries(), q_visual, accumulated)

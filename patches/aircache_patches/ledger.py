@@ -35,6 +35,11 @@ def hooks() -> list[Hook]:
     return [
         Hook(srt + "platforms.interface.SRTPlatform.get_kv_pool_cls", pool.get_kv_pool_cls, around),
         Hook(
+            srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+            pool.profile_available_bytes,
+            around,
+        ),
+        Hook(
             srt + "model_executor.model_runner.ModelRunner.init_attention_backends",
             forward.init_attention_backends,
             after,
@@ -52,6 +57,11 @@ def hooks() -> list[Hook]:
         Hook(
             srt + "managers.scheduler.Scheduler.get_new_batch_prefill",
             prefill.get_new_batch_prefill,
+            around,
+        ),
+        Hook(
+            srt + "managers.schedule_policy.PrefillAdder.add_one_req",
+            prefill.add_one_req,
             around,
         ),
         Hook(

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers.schedule_policy import AddReqResult
+
 from aircache_patches import process
 
 
@@ -14,8 +16,10 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
 
     SGLang stops looking for requests to admit when one does not fit, until a running one leaves.
     """
-    if process.compressor().made_room():
+    compressor = process.compressor()
+    if compressor.made_room():
         running_batch.batch_is_full = False
+    compressor.begin_batch(scheduler.chunked_req)
     return original(scheduler, running_batch)
 
 
@@ -26,6 +30,15 @@ def request_slot_reserve_for_req(
     until the prefill's result is processed."""
     stock = original(adder, req, extend_input_len=extend_input_len)
     return stock + process.compressor().slots_to_reserve(req, extend_input_len)
+
+
+def add_one_req(
+    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND PrefillAdder.add_one_req: a batch ends where it would keep too many queries."""
+    if not process.compressor().admits(req):
+        return AddReqResult.OTHER
+    return original(adder, req, *args, **kwargs)
 
 
 def prepare_for_extend(result: Any, batch: Any) -> None:

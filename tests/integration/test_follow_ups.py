@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from aircache_sglang.platform import has_accelerator
 from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle, assert_agrees
 from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
+from tests.support.batches import at_once
 from tests.support.chats import carried, next_turn, question
 
 pytestmark = [
@@ -22,7 +21,6 @@ pytestmark = [
 ]
 
 COMPRESSED = {"reuse": "compressed", "return_selection": True}
-NEW_SEQUENCES = re.compile(r"Prefill batch.*?#new-seq: (\d+)")
 ATTEMPTS = 6
 
 Chat = tuple[Prompt, Prompt, Any]
@@ -39,19 +37,6 @@ def chats(server: Server, seeds: Sequence[int]) -> list[Chat]:
     return found
 
 
-def at_once(server: Server, questions: Sequence[Callable[[], Any]]) -> list[Any] | None:
-    """Their answers, if one prefill had them all: they arrive while a long text is prefilled."""
-    read = server.log_path.stat().st_size
-    with ThreadPoolExecutor(len(questions) + 1) as threads:
-        threads.submit(server.generate, words(4000, seed=read), max_new_tokens=1)
-        futures = [threads.submit(ask) for ask in questions]
-        answers = [future.result() for future in futures]
-    with server.log_path.open() as log:
-        log.seek(read)
-        sizes = [int(size) for size in NEW_SEQUENCES.findall(log.read())]
-    return answers if len(questions) in sizes else None
-
-
 def assert_carried(oracle: Oracle, chat: Chat, answer: Any) -> None:
     first, second, selection = chat
     report = answer["meta_info"]["aircache"]
@@ -62,13 +47,13 @@ def assert_carried(oracle: Oracle, chat: Chat, answer: Any) -> None:
 def test_follow_ups_alone(aircache_server: Server, oracle: Oracle) -> None:
     for attempt in range(ATTEMPTS):
         begun = chats(aircache_server, [500 + 10 * attempt + i for i in range(3)])
-        answers = at_once(
+        answers, sizes = at_once(
             aircache_server,
             [lambda p=chat[1]: question(aircache_server, p, **COMPRESSED) for chat in begun],
         )
-        if answers is not None:
+        if len(answers) in sizes:
             break
-    assert answers is not None, f"no prefill of {len(begun)} requests"
+    assert len(answers) in sizes, "the follow-ups were not prefilled together"
     for chat, answer in zip(begun, answers, strict=True):
         assert_carried(oracle, chat, answer)
 
@@ -81,13 +66,13 @@ def test_follow_ups_beside_new_pictures_and_texts(aircache_server: Server, oracl
             user_prompt("which colour?" + words(30, seed=60 + attempt)),
         ]
         prompts = [begun[0][1], new[0], begun[1][1], new[1]]
-        answers = at_once(
+        answers, sizes = at_once(
             aircache_server,
             [lambda p=prompt: question(aircache_server, p, **COMPRESSED) for prompt in prompts],
         )
-        if answers is not None:
+        if len(answers) in sizes:
             break
-    assert answers is not None, f"no prefill of {len(prompts)} requests"
+    assert len(answers) in sizes, "the requests were not prefilled together"
     for chat, answer in zip(begun, answers[::2], strict=True):
         assert_carried(oracle, chat, answer)
     for prompt, answer in zip(new, answers[1::2], strict=True):
