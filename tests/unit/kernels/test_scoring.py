@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aircache_kernels import reference, score
+from aircache_kernels import reference, score, scoring
 from aircache_kernels.validation import FP8_DTYPE, HEAD_DIMS
-from tests.unit.kernels.cases import ScoreCase, score_case
+from tests.unit.kernels.cases import ScoreCase, prefix, score_case
 
 
 def run(case: ScoreCase, **options: object) -> torch.Tensor:
@@ -111,9 +111,30 @@ def test_a_dominant_key_is_a_sink(device: torch.device) -> None:
     assert (got[:, :, 7] > 0.999).all()
 
 
-def test_same_bits_twice(device: torch.device) -> None:
-    case = score_case([40, 3], [300, 31], device=device)
-    assert torch.equal(run(case, alpha=0.1), run(case, alpha=0.1))
+def test_no_other_request_changes_a_score(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Bit for bit: how a request is cut follows from its own number of visual tokens."""
+    monkeypatch.setattr(scoring, "_CHUNK", 64)
+    case = score_case([20, 3], [150, 31], n_layers=1, device=device)
+    together = run(case, alpha=0.1)
+    assert torch.equal(together, run(case, alpha=0.1))
+    text, visual = case.qo_indptr.tolist(), case.kv_indptr.tolist()
+    for b in range(2):
+        n_text, n_visual = text[b + 1] - text[b], visual[b + 1] - visual[b]
+        alone = score(
+            case.q[:, text[b] : text[b + 1]],
+            prefix([n_text], device),
+            case.k_all,
+            case.text_indices[text[b] : text[b + 1]].clone(),
+            prefix([n_visual], device),
+            case.kv_indices[visual[b] : visual[b + 1]].clone(),
+            max_qo_len=n_text,
+            max_kv_len=n_visual,
+            sm_scale=case.sm_scale,
+            alpha=0.1,
+        )
+        assert torch.equal(alone, together[:, :, visual[b] : visual[b + 1]])
 
 
 @pytest.mark.parametrize(
