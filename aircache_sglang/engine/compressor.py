@@ -20,12 +20,14 @@ from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.model import attention_layers, attention_scale
 from aircache_sglang.engine.request import asked, state_of
+from aircache_sglang.engine.start import start
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.compress import CompressionPass, PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent, Reason, decide
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
+from aircache_sglang.runtime.gate import CPU
 from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.stash import (
     QUERY_ROWS,
@@ -36,6 +38,7 @@ from aircache_sglang.runtime.stash import (
 )
 from aircache_sglang.runtime.table import CompressionTable
 from aircache_sglang.runtime.transfer import to_device
+from aircache_sglang.runtime.warm_up import Kernels
 
 
 class Compressor:
@@ -95,6 +98,16 @@ class Compressor:
             batch_invariant=batch_invariant,
         )
         adopt(model_runner.attn_backend, self.attention)
+        self.costs = CPU
+        if decode != "torch":
+            n_q, q_dtype = layers[0].tp_q_head_num, model_runner.dtype
+            self.costs = start(
+                Kernels(
+                    *(self.compress, decoder, extender, pool, self.table),
+                    *(n_q, q_dtype, scale),
+                ),
+                heads,
+            )
 
     # Admission, on the scheduler's side
 
@@ -105,7 +118,12 @@ class Compressor:
             decision, question = None, asked(req)
             if question is not None:
                 room = self.pool.size - 2 * self.pool.page_size
-                decision = decide(question, self.config, room=room, pad_floor=MM_PAD_SHIFT_VALUE)
+                decision = decide(
+                    *(question, self.config),
+                    room=room,
+                    pad_floor=MM_PAD_SHIFT_VALUE,
+                    costs=self.costs,
+                )
             if isinstance(decision, Reason):
                 self.decline(req, decision)
             else:
@@ -324,6 +342,6 @@ def extends_replica(req: Any) -> bool:
 def chunks(batch: Any) -> Iterator[tuple[Any, Chunk]]:
     """Each request of a prefill batch, and what is computed of it."""
     first_row = 0
-    for req, start, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        yield req, Chunk(start, start + length, first_row)
+    for req, begin, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        yield req, Chunk(begin, begin + length, first_row)
         first_row += length

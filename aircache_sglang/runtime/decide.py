@@ -13,7 +13,7 @@ from typing import Any
 from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.gate import pays_off
+from aircache_sglang.runtime.gate import CPU, Costs, pays_off
 from aircache_sglang.runtime.spans import (
     VisualPrompt,
     merge_spans,
@@ -177,12 +177,12 @@ def read_prompt(
 
 
 def decide(
-    asked: Asked, config: AirCacheConfig, *, room: int, pad_floor: int
+    asked: Asked, config: AirCacheConfig, *, room: int, pad_floor: int, costs: Costs = CPU
 ) -> Intent | Reason | None:
     """An intent, a reason to leave a request with pictures alone, or None without pictures.
 
     config: the server's; room: slots of the pool that one request may fill; pad_floor: see
-    `read_prompt`.
+    `read_prompt`; costs: of a pass on this device.
     """
     prompt = read_prompt(
         asked.input_ids,
@@ -220,7 +220,7 @@ def decide(
     if (
         config.gate == "auto"
         and not intent.reuses
-        and not pays_off(prompt.n_visual, m, intent.n_queries, asked.max_new_tokens)
+        and not pays_off(prompt.n_visual, m, intent.n_queries, asked.max_new_tokens, costs)
     ):
         return Reason.NO_GAIN
     return intent

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from aircache_kernels import validation as check
-from aircache_kernels.launch import power_of_2
+
+# Visual tokens of a step; one number, so that nothing is compiled while a request waits.
+_BLOCK = 2048
 
 
 @triton.jit
@@ -155,10 +157,9 @@ def select(
     if mass is not None:
         check.tensor_of("mass", mass, (batch, n_layers, n_kv), torch.float64, device)
         check.contiguous("mass", mass)
-    block = min(power_of_2(max_kv_len, 64), 2048)
     _select_fwd_kernel[(n_layers * n_kv, batch)](
         importance, kv_indptr, cell_offset, column_indptr, out, weights, mass,
         total_visual, out.stride(0), n_layers,
-        H_KV=n_kv, HAS_MASS=mass is not None, BLOCK=block, num_warps=8,
+        H_KV=n_kv, HAS_MASS=mass is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.runtime.decide import Intent
-from aircache_sglang.runtime.gate import pass_reads, pays_off, saved_reads
+from aircache_sglang.runtime.gate import CPU, pays_off, saved_reads
 from aircache_sglang.runtime.spans import VisualPrompt
 
 VISUAL = st.integers(64, 100_000)
@@ -54,7 +54,7 @@ def test_nothing_saved_never_pays(n_visual: int, n_text: int) -> None:
 
 def test_reads_are_those_of_the_docstring() -> None:
     assert saved_reads(1000, 100, 11) == 9000
-    assert pass_reads(1000, 100, 50) == 1000 * (2.0 + 0.04 * 50) + 300
+    assert CPU.of_pass(1000, 100, 50) == 1000 * (2.0 + 0.04 * 50) + 300
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import TorchExtender
+from aircache_sglang.runtime.gate import CPU
 from aircache_sglang.runtime.record import Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
@@ -150,7 +151,7 @@ class World:
         compressor = Compressor.__new__(Compressor)
         compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3, gate="off")
         compressor.pool = self.pool
-        compressor.records, compressor.surplus = {}, {}
+        compressor.records, compressor.surplus, compressor.costs = {}, {}, CPU
         compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
         one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
         compressor.metrics = Metrics(None)
