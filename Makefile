@@ -8,6 +8,7 @@ SHELL := /bin/bash
 OFFLINE := HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1
 # Tiny models: a second thread spends its time waiting for the first.
 TEST := $(OFFLINE) OMP_NUM_THREADS=1
+WORKERS := -n 2 --durations=10
 PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 GPU_PYTHON ?=
@@ -25,11 +26,12 @@ dev: ## create the environment, about 11 GB and 7 minutes the first time
 	@echo "Ready: source .venv/bin/activate"
 
 test: test-unit ## unit tests, then real servers on this machine's CPU
-	@$(PYTHON); $(TEST) "$$python" -m pytest tests --ignore=tests/unit --ignore=tests/gpu -m "not gpu" -v $(ARGS)
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/integration -m "not gpu" -v $(WORKERS) \
+	  --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
-	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu and not slow" $(ARGS)
-	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(ARGS)
+	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu and not slow" $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(WORKERS) --dist worksteal $(ARGS)
 
 # Nothing of pyproject.toml: it asks for plugins that another interpreter may not have.
 test-gpu: ## the tests that need an NVIDIA GPU; GPU_PYTHON=python3 where that has torch and triton

@@ -74,7 +74,8 @@ def _attention(
     _current.k.append(key[0])
     group = query.shape[1] // key.shape[1]
     logits = query[0] @ key[0].repeat_interleave(group, dim=0).transpose(1, 2) * scaling
-    visible = _current.visible[module.layer_idx].repeat_interleave(group, dim=0)
+    layer: Any = module.layer_idx
+    visible = _current.visible[layer].repeat_interleave(group, dim=0)
     weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     out = weights @ value[0].repeat_interleave(group, dim=0)
     return out.transpose(0, 1)[None], None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import requests
@@ -177,6 +177,16 @@ class Client:
         return samples
 
 
+class Process(Protocol):
+    """What a server needs of `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+
 class Server(Client):
     """``python -m sglang.launch_server`` on a free port of 127.0.0.1.
 
@@ -224,7 +234,7 @@ class Server(Client):
             handle, log = tempfile.mkstemp(prefix="aircache-server-", suffix=".log")
             os.close(handle)
         self.log_path = Path(log)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self.ready_seconds: float | None = None
 
     def __enter__(self) -> Server:
@@ -244,8 +254,18 @@ class Server(Client):
         if self.process is not None:
             raise RuntimeError(f"the server on port {self.port} was already started")
         started = time.monotonic()
+        self.process = self._launch()
+        try:
+            self._wait_until_ready(started)
+        except BaseException:
+            self.terminate()
+            raise
+        self.ready_seconds = time.monotonic() - started
+
+    def _launch(self) -> Process:
+        """Start the process in a session of its own, its output into the log."""
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self.argv,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
@@ -253,12 +273,6 @@ class Server(Client):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        try:
-            self._wait_until_ready(started)
-        except BaseException:
-            self.terminate()
-            raise
-        self.ready_seconds = time.monotonic() - started
 
     def _wait_until_ready(self, started: float) -> None:
         assert self.process is not None
@@ -315,7 +329,8 @@ class Server(Client):
         if self.process is None:
             return
         tree = {process.pid: process for process in (*self._tree(), *self._orphans())}
-        trackers, others = [], []
+        trackers: list[psutil.Process] = []
+        others: list[psutil.Process] = []
         for process in tree.values():
             (trackers if _is_resource_tracker(process) else others).append(process)
         for process in others:

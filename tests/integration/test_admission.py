@@ -14,6 +14,7 @@ from aircache_sglang.testing import LoadWatch, Server
 from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
 from benchmarks.bench_sharing import wait_for
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = pytest.mark.server
 
@@ -25,7 +26,7 @@ SIDE, TOKENS, REQUESTS = 20, 96, 64
 def server(checkpoint: Path) -> Iterator[Server]:
     flags = [*COMPRESSING_FLAGS, "--enable-metrics", "--max-total-tokens", str(POOL)]
     flags += ["--max-running-requests", "128", "--load-snapshot-publish-interval", "1"]
-    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+    with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         yield server
 
 

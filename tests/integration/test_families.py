@@ -31,6 +31,7 @@ from aircache_sglang.testing.prompts import (
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import loads, wait_idle
 from tests.support.families import FAMILIES, Family, Part, make_video
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
@@ -103,8 +104,8 @@ def served(
     prompts = conversations(family, folder)
     env = {"PYTHONPATH": str(STAND_INS)}
     flags = [*COMMON_FLAGS, *CHUNKS, "--dtype", family.dtype, "--kv-policy"]
-    stock = Server(checkpoint, [*flags, "none"], env=env)
-    server = Server(
+    stock = PreloadedServer(checkpoint, [*flags, "none"], env=env)
+    server = PreloadedServer(
         checkpoint,
         [*flags, "aircache", "--aircache-gate", "off", "--enable-metrics"],
         env=env | STRICT_MEMORY_CHECKS,

@@ -19,6 +19,7 @@ from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
 from aircache_sglang.testing.prompts import picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support.chats import carried, next_turn, question
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
@@ -29,7 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
     flags = [*COMPRESSING_FLAGS, "--kv-cache-dtype", "fp8_e4m3"]
-    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+    with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         yield server
 
 

@@ -34,6 +34,7 @@ from tests.integration.storm import (
     visual_tokens,
     wait_idle,
 )
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = pytest.mark.server
 
@@ -53,7 +54,7 @@ ENV = STRICT_MEMORY_CHECKS | {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
 @pytest.fixture(scope="module")
 def small_server(checkpoint: Path) -> Iterator[Server]:
     """A pool for about five questions; overlap scheduling, chunked prefill, radix cache."""
-    with Server(checkpoint, FLAGS, env=ENV) as server:
+    with PreloadedServer(checkpoint, FLAGS, env=ENV) as server:
         yield server
 
 
@@ -175,7 +176,7 @@ def test_a_storm_without_overlap_and_without_a_tree(checkpoint: Path) -> None:
         "SGLANG_TEST_RETRACT": "1",
         "SGLANG_TEST_RETRACT_INTERVAL": "13",
     }
-    with Server(checkpoint, flags, env=env) as server:
+    with PreloadedServer(checkpoint, flags, env=env) as server:
         prompts = make_prompts(3, 24)
         jobs = make_jobs(4, 150, prompts, longest=40)
         outcomes = Storm(server, concurrency=16).run(jobs, waves=2)

@@ -36,6 +36,7 @@ from tests.support.chats import (
     next_turn,
     question,
 )
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
@@ -107,7 +108,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Reference:
-    with Server(checkpoint, [*COMPRESSING_FLAGS, "--disable-radix-cache"]) as server:
+    with PreloadedServer(checkpoint, [*COMPRESSING_FLAGS, "--disable-radix-cache"]) as server:
         chat: list[tuple[Prompt, Any]] = []
         prompt = user_prompt(GARDEN, "what is in the garden?", system="be brief.")
         for turn in range(CHAT_TURNS):
@@ -124,7 +125,7 @@ def reference(checkpoint: Path) -> Reference:
 def server(checkpoint: Path, reference: Reference) -> Iterator[Server]:
     flags = [*COMPRESSING_FLAGS, "--enable-metrics", "--max-total-tokens", str(POOL)]
     flags += ["--chunked-prefill-size", "128"]
-    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+    with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         yield server
 
 

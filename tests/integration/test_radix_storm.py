@@ -13,12 +13,10 @@ import pytest
 
 from aircache_sglang import cache_view
 from aircache_sglang.platform import has_accelerator
-from aircache_sglang.testing import Server
-from aircache_sglang.testing.oracle import Oracle
 from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt, words
 from aircache_sglang.testing.server import ServerError
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support.chats import compressed_chat
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
@@ -38,7 +36,7 @@ def test_storm(checkpoint: Path, overlap: bool) -> None:
     flags += ["--chunked-prefill-size", "64", "--aircache-reuse", "compressed"]
     flags += [] if overlap else ["--disable-overlap-schedule"]
     env = {**STRICT_MEMORY_CHECKS, "SGLANG_TEST_RETRACT": "1"}
-    with Server(checkpoint, flags, env=env) as server:
+    with PreloadedServer(checkpoint, flags, env=env) as server:
 
         def abort(rid: str) -> None:
             server.request("POST", "/abort_request", {"rid": rid})
@@ -84,17 +82,11 @@ def test_storm(checkpoint: Path, overlap: bool) -> None:
         assert dump["totals"]["hit_tokens_compressed"] > 0
 
 
-def test_replicas_on_two_ranks(parallel_server: Server, oracle: Oracle) -> None:
-    """Each rank holds one KV head; both find, extend and keep the same replicas."""
-    prompt = user_prompt(picture(310, 9, 10), "what is this?" + words(3), picture(311, 8, 8), "?")
-    compressed_chat(parallel_server, oracle, prompt, 3)
-
-
 def test_packed_requests_make_room_at_once(checkpoint: Path) -> None:
     """A prefill's result admits the next requests; nobody has to leave first."""
     flags = [*COMPRESSING_FLAGS, "--max-total-tokens", str(POOL)]
     flags += ["--load-snapshot-publish-interval", "1"]
-    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+    with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
 
         def load(name: str) -> int:
             return int(server.get("/v1/loads")["loads"][0][name])

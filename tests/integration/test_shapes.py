@@ -44,10 +44,11 @@ TINY = user_prompt(picture(24, 3, 3), "what is this?" + words(20))
 
 
 @pytest.fixture(params=["overlap", "serial"])
-def server(request: pytest.FixtureRequest) -> Server:
+def server(
+    request: pytest.FixtureRequest, aircache_server: Server, serial_server: Server
+) -> Server:
     """Each test runs with overlap scheduling, and without it in chunks of 128 tokens."""
-    name = "aircache_server" if request.param == "overlap" else "serial_server"
-    return request.getfixturevalue(name)
+    return aircache_server if request.param == "overlap" else serial_server
 
 
 # Where each boundary between chunks falls: the number of words before a picture of 100 tokens and

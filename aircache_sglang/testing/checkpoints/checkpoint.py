@@ -41,6 +41,9 @@ VIDEO
 {% endif -%}
 """
 
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
 _ATTENTION = re.compile(r"layers\.(\d+)\.self_attn\.(q_proj|k_proj|q_norm|k_norm)\.weight$")
 _PROJECTOR = re.compile(r"(merger\.mlp\.2|merger\.linear_fc2|projector\.linear_2)\.weight$")
 _DAMPED = re.compile(r"(proj|out_proj|projection_layer|fc2|down_proj)\.weight$")
@@ -91,7 +94,7 @@ class Words:
         }
 
     def write(
-        self, folder: Path, *, image: str, video: str, processor_class: str, **fields: Any
+        self, folder: Path, *, image: str, video: str, processor_class: str | None, **fields: Any
     ) -> None:
         """Write the tokenizer and a ChatML template with these placeholders."""
         self.tokenizer.save(str(folder / "tokenizer.json"))
@@ -108,8 +111,12 @@ class Words:
             }
             | fields,
         )
-        template = CHATML.replace("IMAGE", image).replace("VIDEO", video)
-        (folder / "chat_template.jinja").write_text(template)
+        write_chat_template(folder, image, video)
+
+
+def write_chat_template(folder: Path, image: str, video: str) -> None:
+    template = CHATML.replace("IMAGE", image).replace("VIDEO", video)
+    (folder / "chat_template.jinja").write_text(template)
 
 
 def save_model(folder: Path, model_class: Any, config: Any, words: Words, *, seed: int = 0) -> Any:
@@ -123,7 +130,7 @@ def save_model(folder: Path, model_class: Any, config: Any, words: Words, *, see
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, words: Words, *, gain: float = 3.0, seed: int = 0) -> None:
+def fill(model: Any, words: Words, *, gain: float = 3.0, seed: int = 0) -> None:
     """Draw every parameter of a vision-language model; each depends on seed and name alone.
 
     gain: standard deviation of the decoder's attention logits, on average over layers.
@@ -192,15 +199,35 @@ def write_qwen_processor(
     A picture of h x w pixels becomes h * w / side**2 visual tokens, side = patch * merge, where
     both sides are multiples of it and the picture has 4 to 1,280 tokens.
     """
-    side = patch * merge
-    smallest, largest = 4 * side * side, 1280 * side * side
+    bounds = (4 * (patch * merge) ** 2, 1280 * (patch * merge) ** 2)
+    write_qwen_pixels(folder, processor_class, kind, patch, merge, bounds, videos=videos)
+    words.write(folder, image=QWEN_IMAGE, video=QWEN_VIDEO, processor_class=processor_class)
+
+
+def write_qwen_pixels(
+    folder: Path,
+    processor_class: str,
+    kind: str,
+    patch: int,
+    merge: int,
+    bounds: tuple[int, int],
+    *,
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    videos: str | None = None,
+) -> None:
+    """What becomes of pixels: bounds are a picture's fewest and most, mean and std per channel.
+
+    kind, videos: whose processors read pictures and videos; the same one by default.
+    """
+    smallest, largest = bounds
     pixels = {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(mean),
+        "image_std": list(std),
         "max_pixels": largest,
         "merge_size": merge,
         "min_pixels": smallest,
@@ -218,12 +245,6 @@ def write_qwen_processor(
     write_json(
         folder / "video_preprocessor_config.json",
         pixels | {"video_processor_type": f"{videos or kind}VideoProcessor"},
-    )
-    words.write(
-        folder,
-        image="<|vision_start|><|image_pad|><|vision_end|>",
-        video="<|vision_start|><|video_pad|><|vision_end|>",
-        processor_class=processor_class,
     )
 
 

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from aircache_sglang.testing.checkpoints.checkpoint import write_json
+from aircache_sglang.testing.checkpoints.checkpoint import (
+    QWEN_IMAGE,
+    QWEN_VIDEO,
+    write_chat_template,
+    write_json,
+    write_qwen_pixels,
+)
 from aircache_sglang.testing.checkpoints.vocabulary import SPECIAL_TOKENS, WORDS, build_tokenizer
 
 PATCH = 14
@@ -25,27 +31,6 @@ PIXELS_PER_TOKEN = PATCH * MERGE  # per side: a picture of h x w gives (h / 28) 
 VISION_HEADS = 2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, of OpenAI's CLIP
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}{% else %}\
-{%- for part in message['content'] -%}
-{%- if part['type'] in ('image', 'image_url') -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part['type'] in ('video', 'video_url') -%}
-<|vision_start|><|video_pad|><|vision_end|>
-{%- elif part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
 
 
 def make_qwen2_vl(
@@ -181,23 +166,6 @@ def make_qwen2_vl(
         },
         "vocab_size": vocab_size,
     }
-    pixels = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-        "max_pixels": max_pixels,
-        "merge_size": MERGE,
-        "min_pixels": min_pixels,
-        "patch_size": PATCH,
-        "processor_class": "Qwen2VLProcessor",
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        "temporal_patch_size": 2,
-    }
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,13 +174,10 @@ def make_qwen2_vl(
         folder / "generation_config.json",
         {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    write_json(
-        folder / "preprocessor_config.json",
-        pixels | {"image_processor_type": "Qwen2VLImageProcessor"},
-    )
-    write_json(
-        folder / "video_preprocessor_config.json",
-        pixels | {"video_processor_type": "Qwen2VLVideoProcessor"},
+    write_qwen_pixels(
+        *(folder, "Qwen2VLProcessor", "Qwen2VL", PATCH, MERGE, (min_pixels, max_pixels)),
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
     )
     write_json(
         folder / "tokenizer_config.json",
@@ -228,7 +193,7 @@ def make_qwen2_vl(
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_chat_template(folder, QWEN_IMAGE, QWEN_VIDEO)
     tokenizer.save(str(folder / "tokenizer.json"))
     if write_weights:
         weights = _weights(config, word_ids, attention_gain, seed)
