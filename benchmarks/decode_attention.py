@@ -23,7 +23,7 @@ from aircache_sglang.engine.backend import AttentionState, compressing
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
-from aircache_sglang.runtime.packing import absolute_rows
+from aircache_sglang.runtime.kv_planes import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable

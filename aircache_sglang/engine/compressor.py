@@ -22,13 +22,13 @@ from aircache_sglang.engine.model import attention_layers, attention_scale
 from aircache_sglang.engine.request import asked, state_of
 from aircache_sglang.engine.start import start
 from aircache_sglang.runtime.attention_sum import SumWork
-from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.compress import CompressionPass, PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent, Reason, decide
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.gate import CPU
 from aircache_sglang.runtime.record import CompressionRecord, Stage
+from aircache_sglang.runtime.spans import Chunk
 from aircache_sglang.runtime.stash import (
     QUERY_ROWS,
     BatchStash,

@@ -22,7 +22,7 @@ from aircache_sglang.engine.request import bare_spans_of
 from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.record import CompressionRecord, Stage
-from aircache_sglang.runtime.row import gap_end
+from aircache_sglang.runtime.table import gap_end
 
 BACKEND_NAME = "aircache"
 

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from aircache_sglang.policy import accumulate
-from aircache_sglang.runtime.chunk import Chunk
+from aircache_sglang.runtime.spans import Chunk
 from aircache_sglang.runtime.transfer import to_device
 
 

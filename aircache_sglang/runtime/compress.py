@@ -26,11 +26,10 @@ from aircache_sglang.policy import (
     visual_mass,
 )
 from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.packing import cells_of, pack
+from aircache_sglang.runtime.kv_planes import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.row import gap_entries
 from aircache_sglang.runtime.stash import Job
-from aircache_sglang.runtime.table import CompressionTable
+from aircache_sglang.runtime.table import CompressionTable, gap_entries
 
 # TorchPass gathers the keys of this many bytes from the pool at once while scoring.
 GATHER_BYTES = 64 << 20
@@ -277,3 +276,54 @@ def judge(policy: Policy, job: Job, inputs: PassInputs, visual_slots: torch.Tens
                 )
             )
     return Judgement(torch.cat(scores), torch.cat(statistics, dim=1), torch.cat(importance))
+
+
+def cells_of(order: torch.Tensor, budgets: torch.Tensor, n_cells: int) -> torch.Tensor:
+    """The kept tokens in the order of the cells, without a host synchronisation.
+
+    order: int64 [L, H_kv, N_v], ordinals by falling importance; budgets: int64 [L], sum n_cells.
+    Returns int64 [H_kv, n_cells]: cell off[l] + j of KV head h holds the token order[l, h, j].
+    """
+    cells = torch.arange(n_cells, device=order.device)
+    ends = budgets.cumsum(0)
+    layer = torch.searchsorted(ends, cells, right=True)
+    j = cells - (ends - budgets)[layer]
+    return order[layer, :, j].transpose(0, 1)
+
+
+def pack(
+    k_all: torch.Tensor,
+    v_all: torch.Tensor,
+    visual_slots: torch.Tensor,
+    columns: torch.Tensor,
+    selected: torch.Tensor,
+    budgets: torch.Tensor,
+    source: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Copy the kept cells of one request into its columns, without a host synchronisation.
+
+    k_all, v_all: [L, rows, H_kv, D].
+    visual_slots: int64 [N_v], in the order of the visual tokens; columns: int64 [m], disjoint from
+        visual_slots, so that no survivor is overwritten.
+    selected: int64 [H_kv, L * m] of `cells_of`; budgets: int64 [L], sum L * m.
+    source: K and V to copy in place of the visual slots' own, [L, N_v, H_kv, D] each.
+    """
+    n_layers, rows, n_heads, head_dim = k_all.shape
+    n_source, source_slots = rows, visual_slots
+    if source is not None:
+        n_source = source[0].shape[1]
+        source_slots = torch.arange(n_source, device=k_all.device)
+    cells = torch.arange(n_layers * columns.numel(), device=k_all.device)
+    layer = torch.searchsorted(budgets.cumsum(0), cells, right=True)
+    head = torch.arange(n_heads, device=k_all.device)
+    origin = layer[:, None] * n_source + source_slots[selected.transpose(0, 1)]
+    target = absolute_rows(cells, columns, n_layers, rows)
+    origin = (origin * n_heads + head[None, :]).view(-1)
+    for cache, original in zip((k_all, v_all), source or (k_all, v_all), strict=True):
+        if cache.itemsize == 1:
+            # torch copies no float8 by index on a CPU
+            cache, original = cache.view(torch.uint8), original.view(torch.uint8)
+        # index_select copies whole rows; indexing with tensors goes element by element on a CPU.
+        picked = original.view(-1, head_dim).index_select(0, origin)
+        flat = cache.view(n_layers * rows, n_heads * head_dim)
+        flat.index_copy_(0, target, picked.view(-1, n_heads * head_dim))

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from aircache_sglang.runtime.kv_planes import KVPlanes
-from aircache_sglang.runtime.packing import absolute_rows
+from aircache_sglang.runtime.kv_planes import KVPlanes, absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable, PoolReader
 

@@ -16,8 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aircache_sglang.runtime.decode import layer_cell_rows
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.row import text_positions
-from aircache_sglang.runtime.table import CompressionTable, PoolReader
+from aircache_sglang.runtime.table import CompressionTable, PoolReader, text_positions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -46,3 +46,21 @@ class KVPlanes(ABC):
     @abstractmethod
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store one layer's K and V, [n, H_kv, D] each or flat, in slots [n]."""
+
+
+def cell_address(cells: torch.Tensor, n_layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(column, plane) of packed cells.
+
+    cells: int64, cell numbers c = offset[layer] + j of a request, 0 <= c < L * m.
+    The sequential map: column c // L, plane c % L. Every column is full, since the budgets of a
+    request add up to L * m.
+    """
+    return cells // n_layers, cells % n_layers
+
+
+def absolute_rows(
+    cells: torch.Tensor, columns: torch.Tensor, n_layers: int, rows: int
+) -> torch.Tensor:
+    """int64 rows of `cells` in a pool seen as [L * rows, H_kv, D]; columns: int64 [m] slots."""
+    column, plane = cell_address(cells, n_layers)
+    return plane * rows + columns[column]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aircache_sglang.runtime.decide import Intent
-from aircache_sglang.runtime.row import gap_end, gap_entries
+from aircache_sglang.runtime.table import gap_end, gap_entries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

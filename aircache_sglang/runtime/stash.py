@@ -15,9 +15,9 @@ import torch
 from aircache_sglang.config import INSTRUCTION_LIMIT
 from aircache_sglang.runtime.attention_sum import AttentionSum, SumWork
 from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.spans import Chunk
 from aircache_sglang.runtime.transfer import to_device
 
 # Any one request's: an instruction and the longest window `visual-N`.

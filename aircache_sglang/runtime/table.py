@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compression table: what decode must know of a compressed request, on the device.
+"""Rows of `req_to_token` and the compression table: where decode finds a request's keys.
 
-A compressed request's row of `req_to_token` has one gap, [gap_start, gap_start + gap_len), where
-its visual tokens were. Its first m entries hold the slots of the m packed columns, the rest the
-padding slot 0; text that stood between pictures has moved up behind the gap. So the text tokens are
-the positions outside the gap, and no second table of slots is needed.
+The row of a compressed request has one gap where its visual tokens were:
+
+    entries                in stock SGLang           once packed
+    [0, start)             text                      the same
+    [start, start + m)     pictures, and the         the m columns
+    [start + m, gap_end)   text between them         the padding slot 0
+    [gap_end, end)                                   the text between the pictures, moved up
+    [end, ...)             instruction and answer    the same
+
+So text is what stands outside the gap [start, gap_end), gap_end = start + N_v, and needs no table
+of its own. `lay_out_rows` of aircache_kernels writes the same.
 """
 
 from __future__ import annotations
@@ -13,6 +20,27 @@ import torch
 
 from aircache_kernels import Tables
 from aircache_sglang.runtime.kv_planes import KVPlanes
+from aircache_sglang.runtime.spans import VisualPrompt
+
+
+def gap_end(prompt: VisualPrompt) -> int:
+    """One past the gap of a packed row."""
+    return prompt.start + prompt.n_visual
+
+
+def gap_entries(prompt: VisualPrompt, columns: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """A packed row's entries from `start` on.
+
+    columns: integers [m] slots; behind: of the text that follows the gap, as much as is wanted.
+    """
+    padding = columns.new_zeros(prompt.n_visual - len(columns))
+    return torch.cat([columns, padding, behind])
+
+
+def text_positions(prompt: VisualPrompt, length: int, device: torch.device) -> torch.Tensor:
+    """Positions outside the gap of a packed row of `length` entries, int64."""
+    head = torch.arange(prompt.start, device=device)
+    return torch.cat([head, torch.arange(gap_end(prompt), length, device=device)])
 
 
 class CompressionTable:

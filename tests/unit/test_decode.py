@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aircache_sglang.config import AirCacheConfig
+from aircache_sglang.runtime.compress import cells_of, pack
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import (
     CellCache,
@@ -22,7 +23,6 @@ from aircache_sglang.runtime.decode import (
     pad_rows,
     text_positions,
 )
-from aircache_sglang.runtime.packing import cells_of, pack
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable

@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import Policy, States, importance_batched
 from aircache_sglang.runtime import compress
-from aircache_sglang.runtime.compress import Job, PassInputs, TorchPass, layer_blocks
+from aircache_sglang.runtime.compress import (
+    Job,
+    PassInputs,
+    TorchPass,
+    cells_of,
+    layer_blocks,
+    pack,
+)
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import layer_cell_rows
-from aircache_sglang.runtime.packing import absolute_rows, cell_address, cells_of, pack
+from aircache_sglang.runtime.kv_planes import absolute_rows, cell_address
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable

@@ -19,7 +19,6 @@ import torch
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, DecodeGraphVariants, Work, adopt
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
@@ -27,7 +26,7 @@ from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.spans import VisualPrompt
+from aircache_sglang.runtime.spans import Chunk, VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash
 from aircache_sglang.runtime.table import CompressionTable
 from tests.unit.kernels.cases import captured

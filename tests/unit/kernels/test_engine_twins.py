@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
-from aircache_sglang.runtime.chunk import Chunk
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.decode import TorchDecoder
@@ -22,7 +21,7 @@ from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
 from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.spans import VisualPrompt
+from aircache_sglang.runtime.spans import Chunk, VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable
 from tests.unit.kernels.test_package import launches, on_cpu
