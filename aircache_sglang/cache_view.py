@@ -57,7 +57,7 @@ def fetch(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
     states = info.get("internal_states") if isinstance(info, dict) else None
     dumps = [state["aircache"] for state in states or () if "aircache" in state]
     if not dumps:
-        raise ValueError(f"{url} runs without --kv-policy aircache")
+        raise ValueError(f"{url} runs without --kv-policy")
     return dumps
 
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.quality.client import Answer, Client, RequestError
-from benchmarks.quality.datasets import Sample, load, names
+from benchmarks.quality.datasets import load, names
 from benchmarks.quality.grid import Ask, Grid, Rows
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import GRIDS, POLICIES, PRUNING, Setting, grid
 from benchmarks.records import RESULTS, ROOT, provenance
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 
-from benchmarks.quality.datasets import Sample, data_url
+from benchmarks.quality.samples import Sample, data_url
 from benchmarks.quality.settings import Setting
 
 TOP_LOGPROBS = 20  # the most that the protocol allows

@@ -3,51 +3,11 @@
 
 from __future__ import annotations
 
-import base64
-import mimetypes
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.quality import metrics
-
-METRICS: dict[str, Callable[[str, tuple[str, ...]], float]] = {
-    "exact_match": metrics.exact_match,
-    "anls": metrics.anls,
-    "relaxed_accuracy": metrics.relaxed_accuracy,
-    "vqa_accuracy": metrics.vqa_accuracy,
-    "yes_no": metrics.yes_no,
-}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about pictures or a video.
-
-    dataset, kind, id: its key; `id` is unique within the data set, `kind` is what tables list.
-    group: samples that count as one (rotations of a choice, both questions on an MME picture).
-    pictures: gives the pictures as data URLs; called when the question is asked.
-    video: a file; sent as it is, the server takes its frames.
-    metric: a key of METRICS, or "choice" with `options` by letter.
-    """
-
-    dataset: str
-    kind: str
-    id: str
-    prompt: str
-    answers: tuple[str, ...]
-    metric: str
-    pictures: Callable[[], list[str]] = field(default=lambda: [], repr=False, compare=False)
-    video: Path | None = None
-    group: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-    max_tokens: int = 32
-
-    def score(self, prediction: str) -> float:
-        """In [0, 1]."""
-        if self.metric == "choice":
-            return float(metrics.choice(prediction, self.options) == self.answers[0])
-        return METRICS[self.metric](prediction, self.answers)
+from benchmarks.quality.layouts import LAYOUTS
+from benchmarks.quality.samples import Sample
 
 
 def load(name: str, path: Path | None, samples: int | None) -> list[Sample]:
@@ -56,8 +16,6 @@ def load(name: str, path: Path | None, samples: int | None) -> list[Sample]:
     Raises:
         ValueError: an unknown name, no path, or a file or folder that is not as published.
     """
-    from benchmarks.quality.layouts import LAYOUTS
-
     if name == "ours":
         return ours(samples)
     if name not in LAYOUTS:
@@ -70,8 +28,6 @@ def load(name: str, path: Path | None, samples: int | None) -> list[Sample]:
 
 
 def names() -> list[str]:
-    from benchmarks.quality.layouts import LAYOUTS
-
     return ["ours", *LAYOUTS]
 
 
@@ -106,9 +62,3 @@ def first(samples: Iterable[Sample], count: int | None) -> list[Sample]:
             seen[name] = None
             kept.append(sample)
     return kept
-
-
-def data_url(path: Path) -> str:
-    """A file as it is, as a `data:` URL."""
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.quality.client import Answer, RequestError
-from benchmarks.quality.datasets import Sample
 from benchmarks.quality.metrics import token_divergence
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import FULL, Setting
 from benchmarks.records import Row, cut_unfinished_line, identity
 

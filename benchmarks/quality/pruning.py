@@ -39,7 +39,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from aircache_sglang.policy import columns
 from benchmarks.quality.client import Answer
-from benchmarks.quality.datasets import Sample
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import PRUNING, Setting
 
 FASTV_LAYER = 2

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from aircache_patches import process
-from aircache_patches.install import policy_in_force
 from aircache_patches.support import decode_kind
 
 
@@ -15,7 +14,7 @@ def init_attention_backends(result: Any, model_runner: Any) -> None:
     """AFTER ModelRunner.init_attention_backends: pool, request table and backend exist now."""
     from aircache_sglang.engine.compressor import Compressor
 
-    _, config = policy_in_force()
+    _, config = process.policy_in_force()
     decode = decode_kind(
         model_runner.server_args.aircache_decode, model_runner.decode_attention_backend_str
     )

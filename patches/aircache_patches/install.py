@@ -9,13 +9,11 @@ from typing import Any
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from aircache_patches import ledger
+from aircache_patches import ledger, process
 from aircache_patches.refusal import refuse
 from aircache_patches.resolution import register_radix_cache
 from aircache_patches.support import unsupported
 from aircache_sglang.config import AirCacheConfig
-
-_installed: tuple[str, AirCacheConfig] | None = None
 
 
 def sglang_version() -> str | None:
@@ -34,16 +32,9 @@ def checked_config(server_args: Any) -> AirCacheConfig:
         raise refuse(str(error)) from error
 
 
-def policy_in_force() -> tuple[str, AirCacheConfig]:
-    """What `install` was called with; the hooks read it."""
-    assert _installed is not None, "a hook ran before its installation"
-    return _installed
-
-
 def install(policy: str, config: AirCacheConfig) -> None:
     """Apply every hook of the ledger, once a process. Raises Refusal if one does not apply."""
-    global _installed
-    if _installed is not None:
+    if process.is_installed():
         return
     found = sglang_version()
     if found not in ledger.TESTED_VERSIONS:
@@ -66,7 +57,7 @@ def install(policy: str, config: AirCacheConfig) -> None:
             f"--kv-policy {policy} needs hooks that this SGLang {found} does not accept: "
             f"{', '.join(missing)}; reinstall SGLang, or start without --kv-policy"
         )
-    _installed = (policy, config)
+    process.set_policy(policy, config)
 
 
 def refuse_unsupported(server_args: Any) -> None:

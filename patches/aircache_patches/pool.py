@@ -23,7 +23,7 @@ def get_kv_pool_cls(original: Callable[..., Any], platform: Any, *, kind: str) -
         return chosen
     if chosen is not None:
         raise refuse(
-            f"--kv-policy aircache needs its own KV pool, but the platform "
+            f"--kv-policy needs its own KV pool, but the platform "
             f"{type(platform).__name__} brings {chosen.__name__}; select another platform"
         )
     return LayerContiguousKVPool

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aircache_patches.install import policy_in_force
+from aircache_patches import process
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 
@@ -14,7 +14,7 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
     """AFTER TokenizerManager._validate_one_request: a ValueError becomes an HTTP 400."""
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
-        _, config = policy_in_force()
+        _, config = process.policy_in_force()
         config.with_overrides(params.get("custom_params"))
 
 

@@ -25,7 +25,7 @@ class Blocked:
         if name.split(".")[0] in ("sglang", "torch", "triton", "aircache_patches"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
-from aircache_sglang.cli import main
+from aircache_patches.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -33,7 +33,7 @@ sys.exit(main(sys.argv[1:]))
 def aircache(
     *arguments: str, code: str | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "aircache_sglang.cli"] if code is None else ["-c", code]
+    start = ["-m", "aircache_patches.cli"] if code is None else ["-c", code]
     return subprocess.run(
         [sys.executable, *start, *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,

@@ -385,7 +385,7 @@ def test_the_console_draws_the_tree(server: Server) -> None:
     assert "(36 columns)" in drawn and f"pool {POOL} slots" in drawn
     # The subcommand in a process of its own, without SGLang.
     code = (
-        "import sys; from aircache_sglang.cli import main; code = main(); "
+        "import sys; from aircache_patches.cli import main; code = main(); "
         "assert 'sglang' not in sys.modules; sys.exit(code)"
     )
     argv = [sys.executable, "-c", code, "cache", "--url", server.url, "--json"]

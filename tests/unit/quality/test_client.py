@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.client import Client, RequestError
-from benchmarks.quality.datasets import Sample
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import Setting
 
 PICTURE = "data:image/png;base64,AAAA"

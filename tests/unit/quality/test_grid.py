@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.quality.client import Answer, RequestError
-from benchmarks.quality.datasets import Sample
 from benchmarks.quality.grid import FAILURES, Grid, Rows, read
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import FULL, REVISIONS, Setting, current
 from benchmarks.records import identity
 

@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 from aircache_sglang.testing import png_data_url
 from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from aircache_sglang.testing.prompts import picture
-from benchmarks.quality.datasets import Sample
 from benchmarks.quality.pruning import Pruner
+from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import PRUNING, Setting
 
 SAMPLE = Sample(

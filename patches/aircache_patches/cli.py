@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -284,6 +285,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who reads has seen enough (`aircache doctor | head`); Python must not complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(argv: Sequence[str] | None) -> int:
     arguments, flags = parser().parse_known_args(argv)
     if arguments.command == "doctor":
         return doctor(arguments, flags)
