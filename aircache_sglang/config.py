@@ -43,13 +43,16 @@ MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
 REASON_KEY = "aircache_reason"
 _SERVER_ONLY = ("pin_text",)
-# The knobs that some policies do not have; a request that turns one of them in vain is refused.
+# The knobs that some policies do not read; who turns one of them in vain is refused. `alpha` and
+# `elite` are read by all, since `visual_mass` is measured by the elite window.
 _KNOBS = {
     "budget": ("aircache",),
     "window": ("aircache", "snapkv", "pyramidkv"),
     "ablation.kernel": ("snapkv", "pyramidkv"),
     "ablation.seed": ("random",),
     "ablation.sinks": ("streaming",),
+    # The others' heads share one selection in any case.
+    "ablation.selection": tuple(p for p in POLICIES if p not in ("elastic", "prefixkv")),
 }
 
 _WINDOW_N = re.compile(r"(last|visual)-([1-9][0-9]{0,2})")
@@ -101,6 +104,16 @@ def _check_known(name: str, keys: Any, known: list[str]) -> None:
     for key in keys:
         if key not in known:
             raise ValueError(f"{name} has the unknown key {key!r}; known keys: {', '.join(known)}")
+
+
+def _changed(record: Any, default: Any, prefix: str = "") -> list[str]:
+    """Names of the fields that differ, but for `policy` and for a record within the record."""
+    fields = [field.name for field in dataclasses.fields(record)]
+    return [
+        prefix + name
+        for name in fields
+        if name not in ("policy", "ablation") and getattr(record, name) != getattr(default, name)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -247,8 +260,12 @@ class AirCacheConfig:
 
     @classmethod
     def from_server_args(cls, args: Any) -> AirCacheConfig:
-        """Read the `aircache_*` fields of a ServerArgs record. Raises ValueError."""
-        return cls(
+        """Read the `aircache_*` fields of a ServerArgs record.
+
+        Raises ValueError for a bad value, and for a flag that was turned from its default and that
+        the policy does not read.
+        """
+        config = cls(
             policy=args.kv_policy,
             retention=args.aircache_retention,
             alpha=args.aircache_alpha,
@@ -261,6 +278,9 @@ class AirCacheConfig:
             pin_text=args.aircache_pin_text,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         ).validated("--aircache-")
+        turned = [*_changed(config, cls()), *_changed(config.ablation, Ablation(), "ablation.")]
+        config._check_turned(turned, "--aircache-")
+        return config
 
     def with_overrides(self, custom_params: Any) -> AirCacheConfig:
         """Apply `custom_params["aircache"]` of one request's sampling parameters.
@@ -280,24 +300,27 @@ class AirCacheConfig:
             changes["ablation"] = self.ablation.changed(name, changes["ablation"])
         config = dataclasses.replace(self, **changes).validated(f"{REQUEST_KEY}.")
         knobs = [f"ablation.{key}" for key in overrides.get("ablation", ())]
-        config._check_turned([*overrides, *knobs])
+        config._check_turned([*overrides, *knobs], f"{REQUEST_KEY}.")
         return config
 
-    def _check_turned(self, names: list[str]) -> None:
-        """Refuse knobs that one request turned and its policy does not have."""
+    def _check_turned(self, names: list[str], prefix: str) -> None:
+        """Refuse knobs that were turned and that the policy does not read.
+
+        What a request inherits was turned for the server's policy, and is no fault of its own.
+        """
         for name in names:
             takers = _KNOBS.get(name, POLICIES)
             if self.policy not in ("none", *takers):
                 raise ValueError(
-                    f"{REQUEST_KEY}.{name} is a knob of {', '.join(takers)}, "
-                    f"not of policy {self.policy}"
+                    f"{prefix}{name} is a knob of {', '.join(takers)}, not of policy {self.policy}"
                 )
         takes_last = self.policy in ("snapkv", "pyramidkv")
         if "window" in names and takes_last and not self._window_of("last"):
             raise ValueError(
-                f"{REQUEST_KEY}.window must be last-N with policy {self.policy}, "
-                f"got {self.window!r}"
+                f"{prefix}window must be last-N with policy {self.policy}, got {self.window!r}"
             )
+        if "ablation.merge_by" in names and self.ablation.merge == 0:
+            raise ValueError(f"{prefix}ablation.merge_by is read with merge above 0 alone")
         if "min_visual_mass" in names and "retention" in names and self.min_visual_mass is not None:
             raise ValueError(
                 f"{REQUEST_KEY}.min_visual_mass chooses the retention; drop {REQUEST_KEY}.retention"

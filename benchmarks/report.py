@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from aircache_sglang.policy import columns
-from aircache_sglang.runtime.gate import pass_reads
+from aircache_sglang.runtime.gate import CPU
 from benchmarks.records import SHARED, Row
 
 # The project's goal for this path; the report says whether it is met.
@@ -92,7 +92,7 @@ def pass_table(rows: list[Row]) -> Iterator[str]:
     for row in cells.rows:
         key = row["key"]
         n, n_text, retention = key["visual_tokens"], key["instruction_tokens"], key["retention"]
-        model = pass_reads(n, columns(retention, n), n_text) / n
+        model = CPU.of_pass(n, columns(retention, n), n_text) / n
         line = [f"{n}", f"{n_text}", f"{retention:g}", milliseconds(row["seconds"])]
         stock = attention.find(shape=key["shape"], visual_tokens=n, batch=1, retention=None)
         if stock:

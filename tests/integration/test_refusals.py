@@ -66,6 +66,15 @@ REFUSED: dict[tuple[str, ...], str] = {
     (*("--kv-policy", "snapkv"), "--aircache-ablation", '{"audience": "all"}'): (
         "--aircache-ablation with audience all does not go with --kv-policy snapkv"
     ),
+    (*("--kv-policy", "snapkv"), "--aircache-window", "all"): (
+        "--aircache-window must be last-N with policy snapkv, got 'all'"
+    ),
+    (*("--kv-policy", "h2o"), "--aircache-budget", "strength"): (
+        "--aircache-budget is a knob of aircache, not of policy h2o"
+    ),
+    ("--aircache-ablation", '{"merge_by": "similar"}'): (
+        "--aircache-ablation.merge_by is read with merge above 0 alone"
+    ),
     ("--aircache-min-visual-tokens", "0"): "--aircache-min-visual-tokens must be an integer >= 1",
 }
 # The parser itself refuses these, as it does for every flag with choices or a type.

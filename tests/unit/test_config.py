@@ -23,6 +23,7 @@ from aircache_sglang.config import (
     Ablation,
     AirCacheConfig,
 )
+from aircache_sglang.runtime.choice import policy_of
 
 FIELDS = tuple(field.name for field in dataclasses.fields(AirCacheConfig))
 # `policy` is --kv-policy, and `ablation` a JSON object: they have tests of their own.
@@ -307,3 +308,68 @@ def test_configuration_needs_neither_torch_nor_sglang() -> None:
         "sys.exit(bool({'torch', 'sglang', 'triton'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What another value of each knob is, and what else it takes to be read.
+TURNED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "alpha": (0.3, {}),
+    "budget": ("strength", {}),
+    "window": ("last-3", {}),
+    "elite": ("shared", {}),
+    "ablation.selection": ("shared", {}),
+    "ablation.merge": (0.5, {}),
+    "ablation.merge_by": ("similar", {"merge": 0.5}),
+    "ablation.rank": (3, {}),
+    "ablation.seed": (3, {}),
+    "ablation.kernel": (3, {}),
+    "ablation.sinks": (3, {}),
+}
+
+
+def settings_of(config: AirCacheConfig) -> tuple[Any, ...]:
+    """All that a pass reads of a configuration (runtime/compress.py)."""
+    return (
+        policy_of(config),
+        config.observed(),
+        # The mass of every policy is the elite window's.
+        (config.alpha, config.elite),
+        (config.ablation.merge, config.ablation.merge and config.ablation.merge_by),
+        config.ablation.rank,
+        policy_of(config).shares_selection or config.ablation.selection == "shared",
+    )
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_turned_knob_is_read_or_refused(policy: str, name: str) -> None:
+    """By a server and by a request alike; never is it ignored."""
+    value, beside = TURNED[name]
+    knob, _, inner = name.partition(".")
+    change = {inner: value, **beside} if inner else value
+    base = {"policy": policy, **({"ablation": beside} if beside else {})}
+    flags = server_args(**{knob: json.dumps(change) if inner else change})
+    flags.kv_policy = policy
+    plain = AirCacheConfig().with_overrides({"aircache": base})
+    try:
+        asked = AirCacheConfig().with_overrides({"aircache": {**base, knob: change}})
+    except ValueError as refusal:
+        assert name in str(refusal) and policy in str(refusal)
+        with pytest.raises(ValueError, match="--aircache-") as at_start:
+            AirCacheConfig.from_server_args(flags)
+        assert name in str(at_start.value) and policy in str(at_start.value)
+        return
+    served = AirCacheConfig.from_server_args(flags)
+    assert settings_of(asked) == settings_of(served)
+    assert settings_of(asked) != settings_of(plain), f"{policy} does nothing with {name}"
+
+
+def test_what_a_request_inherits_is_no_fault_of_its_own() -> None:
+    served = AirCacheConfig.from_server_args(server_args(budget="strength", window="all"))
+    other = served.with_overrides({"aircache": {"policy": "snapkv"}})
+    plain = AirCacheConfig().with_overrides({"aircache": {"policy": "snapkv"}})
+    assert settings_of(other) == settings_of(plain)
+
+
+def test_merging_by_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ablation\.merge_by is read with merge above 0 alone"):
+        AirCacheConfig().with_overrides({"aircache": {"ablation": {"merge_by": "similar"}}})
