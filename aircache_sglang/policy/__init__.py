@@ -10,30 +10,35 @@ from aircache_sglang.policy.budget import (
     columns,
     head_mean_statistics,
     largest_remainder,
-    layer_budgets,
     layer_budgets_from_statistics,
     layer_shares,
     pyramid_shares,
+    select_padded,
+)
+from aircache_sglang.policy.elastic import Elastic
+from aircache_sglang.policy.h2o import H2O
+from aircache_sglang.policy.importance import (
+    DEFAULT_WINDOW,
+    ELITE_MODES,
+    elite_mask_batched,
+    importance_batched,
+    reference_rows,
+)
+from aircache_sglang.policy.mass import visual_mass
+from aircache_sglang.policy.merge import merge_dropped
+from aircache_sglang.policy.paper import (
+    elite_mask,
+    importance,
+    layer_budgets,
+    select,
     skewness,
     strength,
 )
-from aircache_sglang.policy.elastic import Elastic
-from aircache_sglang.policy.elite import (
-    ELITE_MODES,
-    elite_mask,
-    elite_mask_batched,
-    reference_rows,
-)
-from aircache_sglang.policy.h2o import H2O
-from aircache_sglang.policy.importance import DEFAULT_WINDOW, importance, importance_batched
-from aircache_sglang.policy.mass import visual_mass
-from aircache_sglang.policy.merge import merge_dropped
 from aircache_sglang.policy.prefixkv import PrefixKV
 from aircache_sglang.policy.prompt_attention import accumulate
 from aircache_sglang.policy.pyramidkv import PyramidKV
 from aircache_sglang.policy.random import Random
 from aircache_sglang.policy.registry import get_policy, policy_names, register_policy
-from aircache_sglang.policy.selection import select, select_padded
 from aircache_sglang.policy.snapkv import SnapKV
 from aircache_sglang.policy.streaming import Streaming
 from aircache_sglang.policy.validation import validate_alpha, validate_retention

@@ -14,8 +14,7 @@ from aircache_sglang.policy.budget import (
     head_mean_statistics,
     layer_budgets_from_statistics,
 )
-from aircache_sglang.policy.elite import ELITE_MODES
-from aircache_sglang.policy.importance import DEFAULT_WINDOW, importance_batched
+from aircache_sglang.policy.importance import DEFAULT_WINDOW, ELITE_MODES, importance_batched
 from aircache_sglang.policy.prompt_attention import visual_window_attention
 from aircache_sglang.policy.registry import register_policy
 from aircache_sglang.policy.validation import natural, one_of, positive_int, validate_alpha

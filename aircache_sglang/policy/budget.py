@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many cells each layer may keep (eqs. 9 to 11), in whole numbers that add up."""
+"""How many cells each layer keeps (eqs. 9 to 11), in whole numbers that add up; and which."""
 
 from __future__ import annotations
 
@@ -25,31 +25,6 @@ _QUOTA_STEP = 2.0**-20
 _NO_SHARE = 1e-100
 
 
-def strength(importance: Tensor) -> Tensor:
-    """Strength s_t of each layer: the sum of its scores, mean over KV heads (AirCache eq. 9).
-
-    Args:
-        importance: [L, H_kv, N_v].
-    Returns:
-        float32 [L].
-    """
-    return _head_strength(importance).mean(dim=1).to(torch.float32)
-
-
-def skewness(importance: Tensor) -> Tensor:
-    """Skewness s_k of each layer (AirCache eq. 10, sample standard deviation), mean over KV heads.
-
-    Each head's skewness counts as 0 where it is negative, where N_v < 3 and where the head's scores
-    are equal (their range is below 8 float32 epsilons of the largest); the mean comes after.
-
-    Args:
-        importance: [L, H_kv, N_v].
-    Returns:
-        float32 [L], not negative.
-    """
-    return _head_skewness(importance).mean(dim=1).to(torch.float32)
-
-
 def head_mean_statistics(importance: Tensor) -> Tensor:
     """Strength (row 0) and skewness (row 1) of each layer, mean over the KV heads given.
 
@@ -60,7 +35,7 @@ def head_mean_statistics(importance: Tensor) -> Tensor:
     Returns:
         float64 [2, L] on the same device. No host sync.
     """
-    heads = torch.stack((_head_strength(importance), _head_skewness(importance)))
+    heads = torch.stack((head_strength(importance), head_skewness(importance)))
     return heads.mean(dim=2)
 
 
@@ -194,32 +169,13 @@ def layer_budgets_from_statistics(
     return largest_remainder(shares, m * shares.shape[0], n_visual)
 
 
-def layer_budgets(importance: Tensor, retention: float, *, budget: str = "aircache") -> Tensor:
-    """Cells n_l that each layer keeps per KV head (AirCache eq. 11 in whole numbers).
-
-    Args:
-        importance: [L, H_kv, N_v].
-        retention: share of the visual KV to keep, in (0, 1].
-        budget: one of BUDGET_MODES; see `layer_shares`.
-    Returns:
-        int64 [L] on the same device: 1 <= n_l <= N_v, sum L * m with m = columns(retention, N_v).
-        No host sync.
-    Raises:
-        ValueError: a shape, dtype or value is not as above.
-    """
-    statistics = head_mean_statistics(importance)
-    n_visual = importance.shape[2]
-    m = columns(retention, n_visual)
-    return layer_budgets_from_statistics(statistics, n_visual, m, budget=budget)
-
-
-def _head_strength(importance: Tensor) -> Tensor:
+def head_strength(importance: Tensor) -> Tensor:
     """Sum of the scores of each layer and KV head, float64 [L, H_kv]."""
     tensor_of("importance", importance, ("L", "H_kv", "N_v"))
     return importance.sum(dim=-1, dtype=torch.float64)
 
 
-def _head_skewness(importance: Tensor) -> Tensor:
+def head_skewness(importance: Tensor) -> Tensor:
     """Adjusted sample skewness of each layer and KV head, not negative, float64 [L, H_kv]."""
     tensor_of("importance", importance, ("L", "H_kv", "N_v"))
     n = importance.shape[-1]
@@ -233,3 +189,24 @@ def _head_skewness(importance: Tensor) -> Tensor:
     cubes = (centred / torch.where(flat, 1.0, deviation).unsqueeze(-1)).pow(3).sum(-1)
     value = cubes * (n / ((n - 1) * (n - 2)))
     return torch.where(flat, 0.0, value.clamp_min(0.0))
+
+
+def select_padded(importance: Tensor, budgets: Tensor) -> Tensor:
+    """All visual tokens by falling score; the first `budgets[l]` of a row are the kept ones.
+
+    Padded to N_v, so that no shape depends on the budgets. Ties: the earlier token first.
+
+    Args:
+        importance: [L, H_kv, N_v].
+        budgets: integers [L], on the same device; only their shape is looked at here.
+    Returns:
+        int64 [L, H_kv, N_v], each row a permutation of 0..N_v-1. No host sync.
+    """
+    tensor_of("importance", importance, ("L", "H_kv", "N_v"))
+    if list(budgets.shape) != [importance.shape[0]]:
+        raise ValueError(
+            f"budgets must have shape [{importance.shape[0]}], got {list(budgets.shape)}"
+        )
+    if budgets.is_floating_point() or budgets.is_complex() or budgets.dtype == torch.bool:
+        raise ValueError(f"budgets must be an integer tensor, got {budgets.dtype}")
+    return importance.argsort(dim=-1, descending=True, stable=True)

@@ -1,22 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much the elite window attends to each visual token (eqs. 6 to 8)."""
+"""The elite window (eqs. 4, 5) and how much it attends to each visual token (eqs. 6 to 8)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from aircache_sglang.policy.elite import elite_mask_batched, text_shape
 from aircache_sglang.policy.validation import (
     compute_dtype,
+    one_of,
     positive_int,
     tensor_of,
+    validate_alpha,
     validate_scale,
 )
 
+ELITE_MODES: tuple[str, ...] = ("per-head", "shared")
 DEFAULT_WINDOW = 512
 # one block: at most 128 MiB of float32 logits, and of keys widened to float32
 MAX_ELEMENTS = 1 << 25
+
+
+def reference_rows(q_text: Tensor, k_text: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of the last instruction token to the instruction (last row of A_tt, eq. 4).
+
+    The last token sees every other one, so the causal mask of A_tt does not show here.
+
+    Args:
+        q_text: [L, N_t, H_q, D], after RoPE.
+        k_text: [L, N_t, H_kv, D], after RoPE; query head h reads KV head h // (H_q / H_kv).
+        scale: softmax scale, `D ** -0.5` for None.
+    Returns:
+        [L, H_q, N_t] probabilities, float32 (float64 for float64 inputs). No host sync.
+    """
+    n_layers, n_text, n_q, head_dim, n_kv = text_shape(q_text, k_text)
+    dtype = compute_dtype(q_text, k_text)
+    q_last = q_text[:, -1].reshape(n_layers, n_kv, n_q // n_kv, head_dim).to(dtype)
+    keys = k_text.permute(0, 2, 3, 1).to(dtype)  # [L, H_kv, D, N_t]
+    logits = torch.matmul(q_last, keys) * validate_scale(scale, head_dim)
+    return torch.softmax(logits, dim=-1).reshape(n_layers, n_q, n_text)
+
+
+def elite_mask_batched(
+    q_text: Tensor,
+    k_text: Tensor,
+    *,
+    alpha: float = 0.9,
+    scale: float | None = None,
+    elite: str = "per-head",
+) -> Tensor:
+    """`elite_mask` for all layers at once: bool [L, H_q, N_t], without a host sync.
+
+    With `elite="shared"` the mean runs over the heads given, that is over one rank's heads.
+    """
+    one_of("elite", elite, ELITE_MODES)
+    alpha = validate_alpha(alpha)
+    rows = reference_rows(q_text, k_text, scale=scale)
+    if elite == "shared":
+        rows = rows.mean(dim=1, keepdim=True).expand_as(rows)
+    return rows >= alpha * rows.amax(dim=-1, keepdim=True)
 
 
 def importance_batched(
@@ -111,50 +153,12 @@ def importance_batched(
     return scores.to(torch.float32)
 
 
-def importance(
-    q_text: Tensor,
-    k_text: Tensor,
-    k_visual: Tensor,
-    *,
-    alpha: float = 0.9,
-    scale: float | None = None,
-    elite: str = "per-head",
-    window: int | None = None,
-    unified: bool = False,
-) -> Tensor:
-    """Importance I_v of the visual tokens in one layer (AirCache eqs. 6 to 8).
-
-    Per query head: softmax of the elite queries over the visual keys and the elite text keys (no
-    causal mask between the elite tokens, as the paper writes it), mean over the elite queries;
-    then the mean over the query heads of each KV group. A row sums to at most 1.
-
-    Args:
-        q_text: [N_t, H_q, D], after RoPE.
-        k_text: [N_t, H_kv, D], after RoPE; H_q is a multiple of H_kv.
-        k_visual: [N_v, H_kv, D], after RoPE.
-        alpha, scale, elite: see `elite_mask`.
-        window: only the last `window` instruction tokens count; None for all.
-        unified: see `importance_batched`.
-    Returns:
-        float32 [H_kv, N_v].
-    Raises:
-        ValueError: a shape, dtype or value is not as above, or an input holds NaN or infinity.
-    """
-    tensor_of("q_text", q_text, ("N_t", "H_q", "D"))
-    tensor_of("k_text", k_text, ("N_t", "H_kv", "D"))
-    tensor_of("k_visual", k_visual, ("N_v", "H_kv", "D"))
-    for name, value in (("q_text", q_text), ("k_text", k_text), ("k_visual", k_visual)):
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
-    scores = importance_batched(
-        q_text[None],
-        k_text[None],
-        k_visual[None],
-        alpha=alpha,
-        scale=scale,
-        elite=elite,
-        window=window,
-        unified=unified,
-    )[0]
-    assert not bool(scores.isnan().any()), "importance of finite inputs is finite"
-    return scores
+def text_shape(q_text: Tensor, k_text: Tensor) -> tuple[int, int, int, int, int]:
+    """Validated (L, N_t, H_q, D, H_kv) of batched instruction tensors."""
+    tensor_of("q_text", q_text, ("L", "N_t", "H_q", "D"))
+    n_layers, n_text, n_q, head_dim = q_text.shape
+    tensor_of("k_text", k_text, (n_layers, n_text, "H_kv", head_dim))
+    n_kv = k_text.shape[2]
+    if n_q % n_kv:
+        raise ValueError(f"H_q must be a multiple of H_kv, got H_q={n_q}, H_kv={n_kv}")
+    return n_layers, n_text, n_q, head_dim, n_kv

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from aircache_sglang.policy.base import States
-from aircache_sglang.policy.elite import text_shape
-from aircache_sglang.policy.importance import MAX_ELEMENTS
+from aircache_sglang.policy.importance import MAX_ELEMENTS, text_shape
 from aircache_sglang.policy.validation import (
     compute_dtype,
     positive_int,
