@@ -77,11 +77,12 @@ class QueryStash:
         """Have `batch` keep the rows of this forward that belong here, if there are any."""
         part = chunk.within(self._filled_to, self.hi)
         if part is not None:
+            self.detach()
             self._filled_to = part.end
             self._current = (batch, batch.add(part.rows))
 
     def detach(self) -> None:
-        """After a forward that does not end the prefill: let go of what it kept of others."""
+        """After a forward that does not end the prefill: let go of what it keeps of others."""
         if self._current is not None:
             batch, place = self._current
             self._own.append(batch.rows(place).contiguous())
