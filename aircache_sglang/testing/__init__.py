@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real server, tiny checkpoints and the Transformers oracle: for tests, demo and benchmarks."""
+"""A real server, tiny checkpoints and the Transformers oracle.
+
+What tests, benchmarks and examples share. It needs the `dev` extra, but neither pytest nor, before
+a server starts, SGLang; nothing outside this package imports it, a server least of all.
+"""
 
 from __future__ import annotations
 

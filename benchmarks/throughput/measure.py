@@ -76,10 +76,20 @@ def warm_up(client: Client, preset: Preset, settings: Collection[float | None]) 
             )
     # First uses cost more.
     for retention in settings:
-        run_cell(client, preset, Cell(retention, 2, preset.picture_tokens, 0), checked=False)
+        client.post("/generate", batch(preset, Cell(retention, 2, preset.picture_tokens, 0)))
 
 
-def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True) -> Row:
+def batch(preset: Preset, cell: Cell) -> dict[str, Any]:
+    """The request of a cell."""
+    urls = batch_pictures(preset, cell)
+    return {
+        "text": [prompt(len(urls[0]))] * cell.batch,
+        "image_data": urls,
+        "sampling_params": sampling(preset.tokens, cell.retention),
+    }
+
+
+def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     """Measure one batch.
 
     prefill_seconds: from the first forward to the last request's first token, as the scheduler
@@ -94,12 +104,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
     the requests did not decode together.
     """
     client.flush_cache()
-    urls = batch_pictures(preset, cell)
-    body = {
-        "text": [prompt(len(urls[0]))] * cell.batch,
-        "image_data": urls,
-        "sampling_params": sampling(preset.tokens, cell.retention),
-    }
+    body = batch(preset, cell)
     scheduler = scheduler_of(client)
     spent = pass_seconds(client)
     arrivals: list[list[tuple[float, int]]] = [[] for _ in range(cell.batch)]
@@ -127,8 +132,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell, *, checked: bool = True
     if not gaps:
         raise ServerError(f"{preset.tokens} tokens are too few for a batch to decode together")
     metas = [chunk["meta_info"] for chunk in last]
-    if checked:
-        check_compression(cell, metas)
+    check_compression(cell, metas)
     report = metas[0].get("aircache")
     in_use = [load["num_used_tokens"] for load in watch.loads(start, until)]
     prefilled = max(meta["prefill_finished_time"] for meta in metas)

@@ -102,14 +102,12 @@ def served(
     folder = tmp_path_factory.mktemp("family")
     checkpoint = family.make(folder / "model")
     prompts = conversations(family, folder)
-    env = {"PYTHONPATH": str(STAND_INS)}
+    # SGLang's own checks do stock no harm, and the two fork from one template.
+    env = STRICT_MEMORY_CHECKS | {"PYTHONPATH": str(STAND_INS)}
     flags = [*COMMON_FLAGS, *CHUNKS, "--dtype", family.dtype, "--kv-policy"]
     stock = PreloadedServer(checkpoint, [*flags, "none"], env=env)
-    server = PreloadedServer(
-        checkpoint,
-        [*flags, "aircache", "--aircache-gate", "off", "--enable-metrics"],
-        env=env | STRICT_MEMORY_CHECKS,
-    )
+    compressing = [*flags, "aircache", "--aircache-gate", "off", "--enable-metrics"]
+    server = PreloadedServer(checkpoint, compressing, env=env)
     with contextlib.ExitStack() as stack:
         stack.callback(server.terminate)
         stack.callback(stock.terminate)

@@ -14,6 +14,7 @@ from aircache_sglang.testing.oracle import Oracle, assert_agrees
 from aircache_sglang.testing.prompts import ask, picture, user_prompt, words
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support.batches import at_once
+from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
@@ -28,7 +29,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
     flags = [*COMPRESSING_FLAGS, "--chunked-prefill-size", "-1"]
     # SGLang would set aside more for such prefills than this machine may have.
     flags += ["--mem-fraction-static", "0.5", "--max-total-tokens", "16000"]
-    with Server(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+    with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         yield server
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from aircache_sglang.testing import Server, ServerError, png_data_url
 
+ROOT = Path(__file__).parents[2]
 FAKE = """
 import http.server, os, subprocess, sys, time
 port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -54,6 +56,21 @@ def fake(code: str, log: Path, timeout: float = 60.0) -> Server:
 
 def child_of(server: Server) -> psutil.Process:
     return psutil.Process(int(server.log().split()[1]))
+
+
+def test_imports() -> None:
+    """The helper needs no pytest and no SGLang; the project does not need the helper."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('pytest', '_pytest', 'sglang')))\n"  # importing fails
+        "import aircache_sglang, aircache_sglang.cli, aircache_sglang.config\n"
+        "import aircache_sglang.policy, aircache_sglang.runtime\n"
+        "assert not [name for name in sys.modules if name.startswith('aircache_sglang.testing')]\n"
+        "import aircache_sglang.testing.oracle, aircache_sglang.testing.prompts\n"
+        "import aircache_sglang.testing.checkpoints.qwen3_vl\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_start_answers_and_end(tmp_path: Path) -> None:

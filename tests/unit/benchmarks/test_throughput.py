@@ -285,6 +285,21 @@ def test_a_model_without_images() -> None:
         warm_up(FakeServer(prompt_tokens=70), SMALL, [None])  # type: ignore[arg-type]
 
 
+def test_a_warm_up_measures_nothing() -> None:
+    """A busy machine may space its few tokens as it likes: it uses each setting, and no clock."""
+    posted: list[Any] = []
+
+    class Warm(FakeServer):
+        def post(self, path: str, body: Any) -> Any:
+            posted.append((path, body["sampling_params"].get("custom_params"), len(body["text"])))
+
+    warm_up(Warm(SMALL.picture_tokens + 70), SMALL, [None, 0.1])  # type: ignore[arg-type]
+    assert posted == [
+        ("/generate", None, 2),
+        ("/generate", {"aircache": {"retention": 0.1}}, 2),
+    ]
+
+
 def test_a_cell_left_out_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until some run can hold it; the others are measured."""
 
