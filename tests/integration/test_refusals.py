@@ -26,6 +26,9 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
     ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
     ("--encoder-only",): "with --encoder-only; drop one",
+    ("--language-only",): "with --language-only; drop one",
+    ("--enable-deterministic-inference",): "--enable-deterministic-inference, since its decode",
+    ("--rl-on-policy-target", "fsdp"): "with --rl-on-policy-target, since its decode attention",
     ("--enable-pdmux",): "with --enable-pdmux; drop one",
     ("--enable-hierarchical-cache",): "with --enable-hierarchical-cache; drop one",
     ("--enable-unified-cache-external-linker",): "--enable-unified-cache-external-linker; drop",
@@ -37,7 +40,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--enable-two-batch-overlap",): "with --enable-two-batch-overlap; drop one",
     ("--enable-torch-compile",): "with --enable-torch-compile; drop one",
     ("--attn-dp-size", "2", "--tp-size", "2"): "with --attn-dp-size 2; drop one",
-    ("--enable-dp-attention", "--tp-size", "2", "--dp-size", "2"): "with --attn-dp-size 2; drop",
+    ("--enable-dp-attention", "--tp-size", "2", "--dp-size", "2"): "with --enable-dp-attention; d",
     ("--attn-cp-size", "2", "--tp-size", "2"): "with --attn-cp-size 2; drop one",
     ("--dcp-size", "2", "--tp-size", "2"): "with --dcp-size 2; drop one",
     ("--pp-size", "2"): "with --pp-size 2; drop one",
@@ -47,7 +50,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     (
         "--attention-backend",
         "flashinfer",
-    ): "flashinfer on cpu; use --attention-backend torch_native",
+    ): "flashinfer on this cpu device; use --attention-backend torch_native",
     ("--aircache-decode", "flashinfer"): "flashinfer needs a CUDA device, and this server runs",
     ("--radix-cache-backend", "lru"): "cannot use --radix-cache-backend lru; drop one",
     ("--is-embedding",): "drop --is-embedding or --kv-policy",
@@ -78,7 +81,11 @@ PARSER: dict[tuple[str, ...], str] = {
 }
 ENVIRONMENTS = {
     (name, "1"): f"with {name}=1; unset it"
-    for name in ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_METADATA_GLUE_GRAPH")
+    for name in (
+        "SGLANG_RUST_SERVER",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "SGLANG_USE_HND_KVCACHE",
+    )
 }
 ACCEPTED: list[tuple[str, ...]] = [
     (),
@@ -197,8 +204,8 @@ def test_a_backend_is_named_before_what_it_entails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
     sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
     assert sentence == (
-        f"{POLICY} does not work with the attention backend trtllm_mha on cuda; "
-        "use --attention-backend triton"
+        f"{POLICY} does not work with the attention backend trtllm_mha on this cuda device; "
+        "use --attention-backend flashinfer or triton"
     )
 
 
@@ -213,7 +220,8 @@ def test_each_row_of_the_table_refuses(
     view = fine_on_a_cpu()
     setattr(view, field, True if fine is False else 7)
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
-    sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
+    args = SimpleNamespace(kv_policy="aircache", enable_dp_attention=False)
+    sentence = next(iter(support.unsupported(args)))
     shown = flag if fine is False else f"{flag} 7"
     assert sentence == f"{POLICY} does not work with {shown}; drop one of the two flags"
 
