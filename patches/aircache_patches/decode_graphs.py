@@ -69,7 +69,7 @@ def handle_gpu_memory_settings(server_args: Any, previous: Callable[[Any], None]
     if flag is not None:
         if running > sizes[-1] and server_args.aircache_retention < 1:
             logger.warning(
-                "aircache: up to %d requests may run at once, and decode steps of more than %d run "
+                "aircache: %d requests may run at once, and decode steps of more than %d run "
                 "without a CUDA graph; raise %s, or lower --max-running-requests.",
                 running,
                 sizes[-1],

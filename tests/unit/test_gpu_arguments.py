@@ -383,7 +383,7 @@ def test_the_operators_choice_stays(
     sizes = sizes or UP_TO_256[: UP_TO_256.index(64) + 1]
     assert found["message"]["decode"]["bs"] == sizes
     assert found["log"] == [
-        "aircache: up to 2048 requests may run at once, and decode steps of more than "
+        "aircache: 2048 requests may run at once, and decode steps of more than "
         f"{sizes[-1]} run without a CUDA graph; raise {flag}, or lower --max-running-requests."
     ]
     if flags[0] == "--mem-fraction-static":
