@@ -105,9 +105,17 @@ def hooks() -> list[Hook]:
 
 def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]], None]]]:
     """Wrapped steps of SGLang's argument resolution (arg_groups/pipeline.py)."""
-    from aircache_patches import resolution
+    from aircache_patches import decode_graphs, resolution
 
-    return [("handle_cache_compatibility", resolution.handle_cache_compatibility)]
+    return [
+        (step.__name__, step)
+        for step in (
+            decode_graphs.handle_gpu_memory_settings,
+            resolution.handle_deterministic_inference,
+            resolution.handle_attention_backend_compatibility,
+            resolution.handle_cache_compatibility,
+        )
+    ]
 
 
 def missing_targets() -> list[str]:

@@ -3,12 +3,61 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+from sglang.srt.arg_groups.overrides import (
+    declare_resolution,
+    get_default_attn_backend,
+    model_config_of,
+    resolved_view,
+    resolving_view,
+    use_mla_backend,
+)
+from sglang.srt.runtime_context import get_platform
 
 from aircache_patches.refusal import refuse
+from aircache_patches.support import served_backends
+
+logger = logging.getLogger(__name__)
+
+
+def handle_deterministic_inference(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse what SGLang would choose another backend for, and we would answer by the batch."""
+    view = resolving_view(server_args)
+    for field in ("rl_on_policy_target", "enable_deterministic_inference"):
+        if getattr(view, field):
+            raise refuse(
+                f"--kv-policy {server_args.kv_policy} does not work with "
+                f"--{field.replace('_', '-')}, since its decode attention follows what else "
+                "is in the batch; drop one of the two flags"
+            )
+    previous(server_args)
+
+
+def handle_attention_backend_compatibility(
+    server_args: Any, previous: Callable[[Any], None]
+) -> None:
+    """Replace SGLang's own default where it cannot be served: on Blackwell, with pages of 64.
+
+    FlashInfer is what SGLang takes where it has no faster backend, and Triton without FlashInfer
+    (arg_groups/model_override_base.py, get_default_attn_backend).
+    """
+    view = resolving_view(server_args)
+    if view.attention_backend is None and view.device == "cuda" and get_platform().is_cuda:
+        default = get_default_attn_backend(
+            resolved_view(server_args), use_mla_backend(server_args), model_config_of(server_args)
+        )
+        if default not in served_backends("cuda"):
+            backend = "flashinfer" if get_platform().has_flashinfer else "triton"
+            logger.info(
+                "aircache: the attention backend is %s; SGLang's default here, %s, is not served.",
+                backend,
+                default,
+            )
+            declare_resolution(server_args, "aircache.attention_backend", attention_backend=backend)
+    previous(server_args)
 
 
 def handle_cache_compatibility(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -29,6 +29,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("speculative_algorithm", None, "--speculative-algorithm"),
     ("disaggregation_mode", "null", "--disaggregation-mode"),
     ("encoder_only", False, "--encoder-only"),
+    ("language_only", False, "--language-only"),
     ("enable_pdmux", False, "--enable-pdmux"),
     ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
     ("enable_unified_memory", False, "--enable-unified-memory"),
@@ -51,9 +52,15 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("dllm_algorithm", None, "--dllm-algorithm"),
     ("kv_canary", "none", "--kv-canary"),
 )
+# Switches of SGLang that are environment variables.
+_VARIABLES = (
+    "SGLANG_RUST_SERVER",
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    "SGLANG_USE_HND_KVCACHE",
+)
 # Prefill is the backend's own; decode of compressed requests is ours.
 CPU_BACKENDS = ("torch_native", "triton")
-CUDA_BACKENDS = ("triton", "flashinfer", "fa3")
+CUDA_BACKENDS = ("flashinfer", "triton", "fa3")
 _KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 # Of FlashInfer's FA2 decode.
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -74,6 +81,9 @@ def unsupported(server_args: Any) -> Iterator[str]:
     for field, fine, flag in _FLAGS:
         value = getattr(view, field)
         if value != fine and not (fine is False and value is None):
+            if field == "attn_dp_size" and server_args.enable_dp_attention:
+                # What was typed; SGLang turns it into --attn-dp-size.
+                flag, value = "--enable-dp-attention", True
             shown = flag if value is True else f"{flag} {value}"
             yield f"{policy} does not work with {shown}; drop one of the two flags"
     if view.radix_eviction_policy == "tlru":
@@ -96,7 +106,7 @@ def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:
     from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned
     from sglang.srt.environ import envs
 
-    for variable in ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+    for variable in _VARIABLES:
         if getattr(envs, variable).get():
             yield f"{policy} does not work with {variable}=1; unset it"
     if post_capture_kv_sizing_planned(server_args):
@@ -113,6 +123,18 @@ def decode_kind(flag: str, decode_backend: str) -> str:
     return "torch" if decode_backend == "torch_native" else "triton"
 
 
+def served_backends(device: str) -> tuple[str, ...]:
+    """SGLang's attention backends that run on this machine, the one to advise first."""
+    from sglang.srt.runtime_context import get_platform
+
+    if device != "cuda":
+        return CPU_BACKENDS
+    # FlashAttention 3 is for Ampere to Hopper (layers/attention/attention_registry.py).
+    if 80 <= get_platform().device_sm < 100:
+        return CUDA_BACKENDS
+    return tuple(name for name in CUDA_BACKENDS if name != "fa3")
+
+
 def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
     if view.device not in ("cpu", "cuda"):
         yield (
@@ -124,11 +146,13 @@ def _unsupported_device(view: Any, policy: str) -> Iterator[str]:
         view.prefill_attention_backend or view.attention_backend,
         view.decode_attention_backend or view.attention_backend,
     }
-    known = CUDA_BACKENDS if view.device == "cuda" else CPU_BACKENDS
-    for name in sorted(str(name) for name in names if name not in known):
+    served = served_backends(view.device)
+    # Triton on a CPU is an interpreter.
+    advice = " or ".join(served) if view.device == "cuda" else served[0]
+    for name in sorted(str(name) for name in names if name not in served):
         yield (
-            f"{policy} does not work with the attention backend {name} on {view.device}; "
-            f"use --attention-backend {known[0]}"
+            f"{policy} does not work with the attention backend {name} on this {view.device} "
+            f"device; use --attention-backend {advice}"
         )
     kind = decode_kind(
         view.aircache_decode, view.decode_attention_backend or view.attention_backend

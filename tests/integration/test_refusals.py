@@ -26,6 +26,9 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
     ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
     ("--encoder-only",): "with --encoder-only; drop one",
+    ("--language-only",): "with --language-only; drop one",
+    ("--enable-deterministic-inference",): "--enable-deterministic-inference, since its decode",
+    ("--rl-on-policy-target", "fsdp"): "with --rl-on-policy-target, since its decode attention",
     ("--enable-pdmux",): "with --enable-pdmux; drop one",
     ("--enable-hierarchical-cache",): "with --enable-hierarchical-cache; drop one",
     ("--enable-unified-cache-external-linker",): "--enable-unified-cache-external-linker; drop",
@@ -37,7 +40,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--enable-two-batch-overlap",): "with --enable-two-batch-overlap; drop one",
     ("--enable-torch-compile",): "with --enable-torch-compile; drop one",
     ("--attn-dp-size", "2", "--tp-size", "2"): "with --attn-dp-size 2; drop one",
-    ("--enable-dp-attention", "--tp-size", "2", "--dp-size", "2"): "with --attn-dp-size 2; drop",
+    ("--enable-dp-attention", "--tp-size", "2", "--dp-size", "2"): "with --enable-dp-attention; d",
     ("--attn-cp-size", "2", "--tp-size", "2"): "with --attn-cp-size 2; drop one",
     ("--dcp-size", "2", "--tp-size", "2"): "with --dcp-size 2; drop one",
     ("--pp-size", "2"): "with --pp-size 2; drop one",
@@ -47,7 +50,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     (
         "--attention-backend",
         "flashinfer",
-    ): "flashinfer on cpu; use --attention-backend torch_native",
+    ): "flashinfer on this cpu device; use --attention-backend torch_native",
     ("--aircache-decode", "flashinfer"): "flashinfer needs a CUDA device, and this server runs",
     ("--radix-cache-backend", "lru"): "cannot use --radix-cache-backend lru; drop one",
     ("--is-embedding",): "drop --is-embedding or --kv-policy",
@@ -87,7 +90,11 @@ PARSER: dict[tuple[str, ...], str] = {
 }
 ENVIRONMENTS = {
     (name, "1"): f"with {name}=1; unset it"
-    for name in ("SGLANG_RUST_SERVER", "SGLANG_ENABLE_METADATA_GLUE_GRAPH")
+    for name in (
+        "SGLANG_RUST_SERVER",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "SGLANG_USE_HND_KVCACHE",
+    )
 }
 ACCEPTED: list[tuple[str, ...]] = [
     (),
@@ -197,6 +204,7 @@ FIELDS: dict[str, tuple[Any, Any, str]] = {
     "speculative_algorithm": (None, "EAGLE", "--speculative-algorithm EAGLE"),
     "disaggregation_mode": ("null", "decode", "--disaggregation-mode decode"),
     "encoder_only": (False, True, "--encoder-only"),
+    "language_only": (False, True, "--language-only"),
     "enable_pdmux": (False, True, "--enable-pdmux"),
     "enable_hierarchical_cache": (False, True, "--enable-hierarchical-cache"),
     "enable_unified_memory": (False, True, "--enable-unified-memory"),
@@ -241,8 +249,8 @@ def test_a_backend_is_named_before_what_it_entails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
     sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
     assert sentence == (
-        f"{POLICY} does not work with the attention backend trtllm_mha on cuda; "
-        "use --attention-backend triton"
+        f"{POLICY} does not work with the attention backend trtllm_mha on this cuda device; "
+        "use --attention-backend flashinfer or triton"
     )
 
 
@@ -254,7 +262,8 @@ def test_each_field_is_refused(monkeypatch: pytest.MonkeyPatch, field: str) -> N
     view = fine_on_a_cpu()
     setattr(view, field, wrong)
     monkeypatch.setattr(overrides, "resolving_view", lambda args: view)
-    sentence = next(iter(support.unsupported(SimpleNamespace(kv_policy="aircache"))))
+    args = SimpleNamespace(kv_policy="aircache", enable_dp_attention=False)
+    sentence = next(iter(support.unsupported(args)))
     assert sentence == f"{POLICY} does not work with {shown}; drop one of the two flags"
 
 

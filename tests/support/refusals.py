@@ -11,11 +11,16 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def outcome(argv: list[str]) -> dict[str, str]:
-    """How SGLang's own parser and resolution end: accepted, refusal, parser or another error."""
+def outcome(argv: list[str], describe: Callable[[Any], Any] = lambda args: "") -> dict[str, Any]:
+    """How SGLang's own parser and resolution end: accepted, refusal, parser or another error.
+
+    describe: makes the message of accepted arguments.
+    """
     from sglang.srt.server_args import prepare_server_args
 
     from aircache_patches.refusal import Refusal
@@ -32,7 +37,7 @@ def outcome(argv: list[str]) -> dict[str, str]:
         return {"kind": "parser", "message": stderr.getvalue().strip().splitlines()[-1]}
     except Exception as error:
         return {"kind": type(error).__name__, "message": str(error)}
-    return {"kind": "accepted", "message": ""}
+    return {"kind": "accepted", "message": describe(args)}
 
 
 def main(path: str) -> None:
