@@ -13,7 +13,7 @@ PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 GPU_PYTHON ?=
 
-.PHONY: help which-python dev test test-unit test-gpu check format demo bench bench-parts quality train clean
+.PHONY: help which-python dev test test-unit test-compile test-gpu check format demo bench bench-parts quality train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ test: test-unit ## unit tests, then real servers on this machine's CPU
 test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
 	@$(PYTHON); $(TEST) TRITON_INTERPRET=1 "$$python" -m pytest tests/unit/kernels -m "not gpu and not slow" $(WORKERS) --dist worksteal $(ARGS)
 	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit --ignore=tests/unit/kernels -m "not gpu" $(WORKERS) --dist worksteal $(ARGS)
+
+test-compile: ## the kernels in all shapes for all kinds of GPU, without one; half an hour
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit/kernels/test_compile.py -m "not gpu" $(WORKERS) --dist worksteal $(ARGS)
 
 # Nothing of pyproject.toml: it asks for plugins that another interpreter may not have.
 test-gpu: ## the tests that need an NVIDIA GPU; GPU_PYTHON=python3 where that has torch and triton

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ordered list of hooks, with the SGLang versions it was tested on.
 
-An upgrade of SGLang touches this folder alone. README.md says for each hook why it is needed and
-what would make it unnecessary.
+README.md says for each hook why it is needed and what would make it unnecessary.
 """
 
 from __future__ import annotations

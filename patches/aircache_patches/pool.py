@@ -38,7 +38,7 @@ def profile_available_bytes(original: Callable[..., int], configurator: Any, *ar
     reserved = query_bytes(configurator.model_config, get_parallel().attn_tp_size)
     if reserved >= stock:
         raise refuse(
-            f"--kv-policy aircache needs {reserved >> 20} MiB beside the KV pool, and "
+            f"--kv-policy needs {reserved >> 20} MiB beside the KV pool, and "
             f"--mem-fraction-static leaves {stock >> 20} MiB for both; raise it"
         )
     logger.info("Reserving %.2f GB of the KV budget for the compression pass.", reserved / 2**30)

@@ -24,14 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def handle_deterministic_inference(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Refuse what SGLang would choose another backend for, and we would answer by the batch."""
+    """Refuse what would answer by the batch all the same: only Triton's decode does not."""
     view = resolving_view(server_args)
     for field in ("rl_on_policy_target", "enable_deterministic_inference"):
-        if getattr(view, field):
+        if getattr(view, field) and (
+            view.device != "cuda" or server_args.aircache_decode not in ("auto", "triton")
+        ):
             raise refuse(
-                f"--kv-policy {server_args.kv_policy} does not work with "
-                f"--{field.replace('_', '-')}, since its decode attention follows what else "
-                "is in the batch; drop one of the two flags"
+                f"--kv-policy {server_args.kv_policy} works with --{field.replace('_', '-')} by "
+                "its Triton decode on a CUDA device alone, since another follows what else is in "
+                "the batch; drop one of the two flags"
             )
     previous(server_args)
 

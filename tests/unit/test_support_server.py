@@ -63,7 +63,7 @@ def test_imports() -> None:
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('pytest', '_pytest', 'sglang')))\n"  # importing fails
-        "import aircache_sglang, aircache_sglang.cli, aircache_sglang.config\n"
+        "import aircache_sglang, aircache_sglang.cache_view, aircache_sglang.config\n"
         "import aircache_sglang.policy, aircache_sglang.runtime\n"
         "assert not [name for name in sys.modules if name.startswith('aircache_sglang.testing')]\n"
         "import aircache_sglang.testing.oracle, aircache_sglang.testing.prompts\n"
