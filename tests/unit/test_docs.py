@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "aircache_sglang"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SERVER_ARGS = ROOT / "patches" / "aircache_patches" / "server_args.py"
 FIRST_SCREEN, CELL = 60, 120  # lines, characters
@@ -77,3 +78,15 @@ def test_reasons_are_those_of_the_code() -> None:
     table = text.partition("## The reasons")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert sorted(named) == sorted(reason.value for reason in Reason)
+
+
+def test_the_main_path_can_be_read_in_an_hour() -> None:
+    """docs/design.md names its files and counts their lines."""
+    text = (ROOT / "docs/design.md").read_text()
+    part = text.partition("### The main path")[2].partition("##")[0]
+    rows = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", part, re.MULTILINE)
+    counted = {path: len((SOURCES / path).read_text().splitlines()) for path, _ in rows}
+    assert {path: int(lines) for path, lines in rows} == counted
+    total = sum(counted.values())
+    assert len(rows) <= 8 and total <= 1700
+    assert f"eight files, {total:,} lines" in part
