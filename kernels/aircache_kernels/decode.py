@@ -144,9 +144,14 @@ def _decode_stage2_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + b.to(tl.int64) * stride_ob + head * stride_oh + d, merged, mask=d < HEAD_DIM)
 
 
-def default_config(block_h: int, block_d: int, q_item_size: int) -> DecodeConfig:
-    """16 KiB of keys a tile in the type of q; twice the warps where a tile would spill."""
-    block_n = max(16, min(64, 16384 // (block_d * q_item_size)))
+def default_config(
+    block_h: int, block_d: int, q_item_size: int, *, key_bytes: int = 8192
+) -> DecodeConfig:
+    """`key_bytes` of keys a step in the type of q; twice the warps where a step would spill.
+
+    8 KiB: with 16, stage 1 would spill on compute capability 8.0.
+    """
+    block_n = max(16, min(64, key_bytes // (block_d * q_item_size)))
     wide = q_item_size * block_d > 512
     num_warps = 8 if block_h * block_d > 8192 or wide else 4
     # two stages of float32 with head_dim 256 are more than an Ada block's 99 KiB

@@ -112,7 +112,7 @@ def extend_attention(
     check.contiguous("qo_indptr", qo_indptr)
     check.int_in("max_qo_len", max_qo_len, 1)
     block_d = power_of_2(head_dim, 16)
-    config = default_config(_BLOCK_M, block_d, q.element_size())
+    config = default_config(_BLOCK_M, block_d, q.element_size(), key_bytes=16384)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     req_to_token, gap_start, gap_len, cell_offset = tables
     _extend_fwd_kernel[(triton.cdiv(max_qo_len * group, _BLOCK_M), batch, n_kv)](
