@@ -37,6 +37,7 @@ SHARED_FLAGS = (*COMPRESSING_FLAGS, "--enable-metrics")  # of aircache_server
 
 
 SHARED_SERVERS = {"stock_server", "aircache_server", "serial_server"}
+STARTED: list[Server] = []
 # The files and tests that use one of them.
 SHARING = (
     *("test_beam_search.py", "test_exactness.py", "test_follow_ups.py", "test_gate.py"),
@@ -47,7 +48,7 @@ SHARING = (
     "test_examples.py::test_overrides_of_a_frontend_program",
     "test_memory.py::test_the_next_question_hits_the_picture",
     "test_memory.py::test_tokens_in_use_while_decoding",
-    "test_preloaded.py::test_processes",
+    "test_preloaded.py::test_as_many_processes",
     "test_preloaded.py::test_the_same_arguments_hooks_and_answers",
     "test_quality.py::test_a_cut_run_goes_on_at_any_server",
     "test_quality.py::test_a_killed_run_loses_and_repeats_nothing",
@@ -98,6 +99,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [next(in_order) if item in ours else item for item in items]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The shared servers end with the last test that shares them: the next ones need the memory."""
+    if group_of(item.nodeid) != "shared":
+        return
+    if nextitem is None or group_of(nextitem.nodeid) != "shared":
+        for server in STARTED:
+            server.terminate()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2-VL in float32: 4 layers, 4 query heads, 2 KV heads."""
@@ -118,6 +129,7 @@ def oracle(checkpoint: Path) -> Oracle:
 def stock_server(checkpoint: Path) -> Iterator[Server]:
     """SGLang as if this project were not installed, overlap scheduling on."""
     with Server(checkpoint, [*COMMON_FLAGS, "--kv-policy", "none"]) as server:
+        STARTED.append(server)
         yield server
 
 
@@ -125,6 +137,7 @@ def stock_server(checkpoint: Path) -> Iterator[Server]:
 def aircache_server(checkpoint: Path) -> Iterator[Server]:
     """A compressing server at its default retention 0.1, overlap scheduling on, strict checks."""
     with Server(checkpoint, SHARED_FLAGS, env=STRICT_MEMORY_CHECKS) as server:
+        STARTED.append(server)
         yield server
 
 
@@ -133,6 +146,7 @@ def serial_server(checkpoint: Path) -> Iterator[Server]:
     """A compressing server without overlap scheduling that prefills 128 tokens at a time."""
     flags = [*COMPRESSING_FLAGS, "--disable-overlap-schedule", "--chunked-prefill-size", "128"]
     with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
+        STARTED.append(server)
         yield server
 
 
