@@ -38,7 +38,8 @@ SHARED_FLAGS = (*COMPRESSING_FLAGS, "--enable-metrics")  # of aircache_server
 
 SHARED_SERVERS = {"stock_server", "aircache_server", "serial_server"}
 STARTED: list[Server] = []
-# The files and tests that use one of them.
+# The files and tests that use one of them; one that is not named costs time and memory, no more.
+UNNAMED: list[str] = []
 SHARING = (
     *("test_beam_search.py", "test_exactness.py", "test_follow_ups.py", "test_gate.py"),
     *("test_metrics.py", "test_policies.py", "test_shapes.py"),
@@ -92,6 +93,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         group = group_of(item.nodeid)
         if SHARED_SERVERS.intersection(fixtures) and group != "shared":
+            UNNAMED.append(item.nodeid)
             item.warn(pytest.PytestWarning(f"{item.nodeid} shares a server: name it in SHARING"))
         slow = item.get_closest_marker("slow") or "served" in fixtures
         ours[item] = 0 if group == "shared" else 1 if slow else 2
@@ -102,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """The shared servers end with the last test that shares them: the next ones need the memory."""
-    if group_of(item.nodeid) != "shared":
+    if group_of(item.nodeid) != "shared" or UNNAMED:
         return
     if nextitem is None or group_of(nextitem.nodeid) != "shared":
         for server in STARTED:
