@@ -132,8 +132,8 @@ def warm_up(kernels: Kernels, batches: Sequence[int]) -> None:
 
 def room_to_measure(kernels: Kernels) -> bool:
     """Whether pool and tables have room for what `measured` runs."""
-    context = kernels.table.req_to_token.shape[1]
-    return kernels.pool.rows > READERS * LARGE + 1 and context > LARGE + 65
+    n_rows, context = kernels.table.req_to_token.shape
+    return n_rows > READERS and context > LARGE + 65 and kernels.pool.rows > READERS * LARGE + 1
 
 
 def measured(kernels: Kernels, clock: Callable[[Callable[[], None]], float]) -> list[float]:
