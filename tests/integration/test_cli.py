@@ -22,7 +22,7 @@ WITHOUT_ENGINE = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("sglang", "torch", "triton", "aircache_patches"):
+        if name.split(".")[0] in ("sglang", "torch", "triton"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 from aircache_patches.cli import main

@@ -44,7 +44,9 @@ class PreloadedServer(Server):
     """`Server`, forked; one template serves all servers of one environment and test process."""
 
     def _launch(self) -> Fork:
-        return _template(frozenset(self.env.items())).fork(self.argv[3:], self.log_path)
+        # pytest names the running test in the environment: it is no reason for another template.
+        env = {name: value for name, value in self.env.items() if not name.startswith("PYTEST_")}
+        return _template(frozenset(env.items())).fork(self.argv[3:], self.log_path)
 
 
 @functools.cache
