@@ -21,6 +21,7 @@ MODULES = (
     "rows",
     "scoring",
     "selection",
+    "warm_up",
 )
 
 for _module in MODULES:
