@@ -153,7 +153,7 @@ def default_config(
     """
     block_n = max(16, min(64, key_bytes // (block_d * q_item_size)))
     wide = q_item_size * block_d > 512
-    num_warps = 8 if block_h * block_d > 8192 or wide else 4
+    num_warps = 8 if block_h * block_d >= 8192 or wide else 4
     # two stages of float32 with head_dim 256 are more than an Ada block's 99 KiB
     return DecodeConfig(block_n, num_warps, num_stages=1 if wide else 3 if block_d <= 128 else 2)
 
