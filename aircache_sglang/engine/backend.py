@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_planes import KVPlanes
@@ -25,26 +26,6 @@ from aircache_sglang.runtime.transfer import to_device
 
 # Two variants of every decode CUDA graph: SGLang's own, and one for batches with packed cells.
 PLAIN, COMPRESSED = "plain", "aircache"
-
-
-class Decoder(Protocol):
-    """Decode attention of a batch in which some requests are compressed."""
-
-    def plan(self, forward_batch: Any, records: Sequence[CompressionRecord | None]) -> None:
-        """Prepare one eager step; records: one a request, None for the uncompressed."""
-
-    def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
-        """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
-
-
-class Extender(Protocol):
-    """Prefill attention of requests that extend a replica."""
-
-    def plan(self, jobs: Sequence[ExtendJob]) -> None:
-        """Prepare one prefill; jobs: at least one, entered in the compression table."""
-
-    def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
-        """Overwrite the rows of the jobs in one layer's output; q, out: [tokens, H_q, D]."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

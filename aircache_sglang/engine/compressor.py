@@ -14,13 +14,14 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang.srt.runtime_context import get_parallel
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.engine.backend import AttentionState, Decoder, Extender, Work, adopt
+from aircache_sglang.engine.backend import AttentionState, Work, adopt
 from aircache_sglang.engine.heads import TensorParallelHeads
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.model import attention_layers, attention_scale
 from aircache_sglang.engine.request import asked, state_of
 from aircache_sglang.engine.start import start
+from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
 from aircache_sglang.runtime.compress import CompressionPass, PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent, Reason, decide
@@ -72,6 +73,7 @@ class Compressor:
         )
         heads.check_same((config, decode, pool.size))
         inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
+        self.costs = CPU
         self.compress: CompressionPass
         decoder: Decoder
         extender: Extender
@@ -86,21 +88,13 @@ class Compressor:
             from aircache_sglang.runtime.kernel_extend import KernelExtender
             from aircache_sglang.runtime.kernel_pass import KernelPass
 
+            n_q, q_dtype = layers[0].tp_q_head_num, model_runner.dtype
             self.compress = KernelPass(inputs)
             if decode == "triton":
                 decoder = KernelDecoder(pool, self.table, batch_invariant=batch_invariant)
             else:
-                n_q, q_dtype = layers[0].tp_q_head_num, model_runner.dtype
                 decoder = FlashInferDecoder(pool, self.table, n_q=n_q, q_dtype=q_dtype, scale=scale)
             extender = KernelExtender(pool, self.table)
-        self.attention = AttentionState(
-            *(pool, decoder, extender, get_capture_attention_variant),
-            batch_invariant=batch_invariant,
-        )
-        adopt(model_runner.attn_backend, self.attention)
-        self.costs = CPU
-        if decode != "torch":
-            n_q, q_dtype = layers[0].tp_q_head_num, model_runner.dtype
             self.costs = start(
                 Kernels(
                     *(self.compress, decoder, extender, pool, self.table),
@@ -108,6 +102,11 @@ class Compressor:
                 ),
                 heads,
             )
+        self.attention = AttentionState(
+            *(pool, decoder, extender, get_capture_attention_variant),
+            batch_invariant=batch_invariant,
+        )
+        adopt(model_runner.attn_backend, self.attention)
 
     # Admission, on the scheduler's side
 

@@ -50,6 +50,7 @@ class CompressionTable:
     gap_start, gap_len: int32 [R]; gap_len is the number of visual tokens.
     cell_offset: int32 [R, L + 1], prefix sums of the layer budgets: layer l owns the packed cells
         [cell_offset[r, l], cell_offset[r, l + 1]).
+    tables: all of them, as the kernels take them.
 
     Written on the forward stream alone, so that it needs no barrier against running kernels.
     """
@@ -60,11 +61,7 @@ class CompressionTable:
         self.gap_start = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.gap_len = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.cell_offset = torch.zeros((n_rows, n_layers + 1), dtype=torch.int32, device=device)
-
-    @property
-    def tables(self) -> Tables:
-        """As the kernels take them."""
-        return Tables(self.req_to_token, self.gap_start, self.gap_len, self.cell_offset)
+        self.tables = Tables(req_to_token, self.gap_start, self.gap_len, self.cell_offset)
 
     def clear(self, rows: torch.Tensor) -> None:
         """Mark rows (int64 [n]) as uncompressed; called for the rows of every prefill."""

@@ -13,12 +13,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import columns
+from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.compress import CompressionPass
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.extend import ExtendJob
@@ -42,23 +43,13 @@ TIMED = ((SMALL, 8, 0.1), (LARGE, 8, 0.1), (LARGE, 64, 0.1), (LARGE, 8, 0.5))
 READERS = 8  # requests of the decode step that is timed
 
 
-class Attention(Protocol):
-    """Decode or extend attention, as the backend has them."""
-
-    def plan(self, *batch: Any) -> None:
-        """See Decoder and Extender (engine/backend.py)."""
-
-    def attend(self, *tensors: Any) -> Any:
-        """See Decoder and Extender (engine/backend.py)."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernels:
     """What is warmed up. n_q: query heads of this rank; scale: the softmax scale."""
 
     compress: CompressionPass
-    decoder: Attention
-    extender: Attention
+    decoder: Decoder
+    extender: Extender
     pool: KVPlanes
     table: CompressionTable
     n_q: int
