@@ -8,6 +8,7 @@ SGLang nor torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -33,6 +34,7 @@ BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid")
 ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
 GATE_MODES = ("auto", "off")
+WHEN_MODES = ("prefill", "pressure")
 # The policies that can evict text too: those of the paper's table 6.
 UNIFIED = ("aircache", "h2o")
 SELECTION_MODES = ("per-head", "shared")
@@ -42,7 +44,7 @@ AUDIENCES = ("visual", "all")
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
 REASON_KEY = "aircache_reason"
-_SERVER_ONLY = ("pin_text",)
+_SERVER_ONLY = ("pin_text", "rungs")
 # The knobs that some policies do not read; who turns one of them in vain is refused. `alpha` and
 # `elite` are read by all, since `visual_mass` is measured by the elite window.
 _KNOBS = {
@@ -92,6 +94,18 @@ def _check_count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return value
+
+
+def _check_rungs(name: str, value: Any) -> tuple[float, ...]:
+    """Shares that descend, `0.5,0.25,0.1` or a sequence of them; empty for none."""
+    parts = value.split(",") if isinstance(value, str) and value else value or ()
+    try:
+        rungs = tuple(_check_share(name, float(part), zero_allowed=False) for part in parts)
+    except (TypeError, ValueError):
+        rungs = ()
+    if len(rungs) != len(parts) or any(b >= a for a, b in itertools.pairwise(rungs)):
+        raise ValueError(f"{name} must be shares that descend, as 0.5,0.25,0.1, got {value!r}")
+    return rungs
 
 
 def _check_odd(name: str, value: Any) -> int:
@@ -186,6 +200,9 @@ class AirCacheConfig:
         turn leaves for the next one.
     gate: `auto` leaves a request alone whose answer is too short to save what the pass costs
         (runtime/gate.py); `off` compresses it all the same.
+    when: pack at the end of the `prefill`, or under `pressure`, when the pool needs the slots.
+    rungs: shares that a request is packed to one after the other under pressure; the last one is
+        `retention`, which alone is the default (server only).
     pin_text: share of the KV pool up to which cached text outlasts visual KV (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
@@ -201,6 +218,8 @@ class AirCacheConfig:
     min_visual_tokens: int = 64
     reuse: str = "exact"
     gate: str = "auto"
+    when: str = "prefill"
+    rungs: tuple[float, ...] = ()
     pin_text: float = 0.5
     ablation: Ablation = Ablation()
     return_selection: bool = False
@@ -230,13 +249,30 @@ class AirCacheConfig:
             min_visual_tokens=_check_count(name("min_visual_tokens"), self.min_visual_tokens),
             reuse=_check_choice(name("reuse"), self.reuse, REUSE_MODES),
             gate=_check_choice(name("gate"), self.gate, GATE_MODES),
+            when=_check_choice(name("when"), self.when, WHEN_MODES),
+            rungs=_check_rungs(name("rungs"), self.rungs),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
         if config.ablation.audience == "all":
             config._check_unified(name)
+        if config.when == "pressure":
+            config._check_pressure(name)
         return config
+
+    def _check_pressure(self, name: Callable[[str], str]) -> None:
+        """Refuse what only the end of the prefill can do: packed later, cells are copied alone."""
+        for field, bad in (
+            ("ablation", self.ablation.merge > 0 and "merge above 0"),
+            ("ablation", self.ablation.audience == "all" and "audience all"),
+            ("min_visual_mass", self.min_visual_mass is not None and f"{self.min_visual_mass}"),
+        ):
+            if bad:
+                raise ValueError(
+                    f"{name('when')} pressure does not go with {name(field)} {bad}, "
+                    "which is for prefill"
+                )
 
     def _check_unified(self, name: Callable[[str], str]) -> None:
         """Refuse what has no meaning once text is evicted too."""
@@ -275,12 +311,40 @@ class AirCacheConfig:
             min_visual_tokens=args.aircache_min_visual_tokens,
             reuse=args.aircache_reuse,
             gate=args.aircache_gate,
+            when=args.aircache_when,
+            rungs=_check_rungs("--aircache-rungs", args.aircache_rungs),
             pin_text=args.aircache_pin_text,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
-        ).validated("--aircache-")
+        )
+        if config.rungs:
+            config = config._with_rungs(cls().retention)
+        config = config.validated("--aircache-")
         turned = [*_changed(config, cls()), *_changed(config.ablation, Ablation(), "ablation.")]
         config._check_turned(turned, "--aircache-")
         return config
+
+    def _with_rungs(self, default: float) -> AirCacheConfig:
+        """The last rung is the retention, which must not say otherwise."""
+        if self.retention not in (default, self.rungs[-1]):
+            raise ValueError(
+                f"--aircache-rungs ends at {self.rungs[-1]} and --aircache-retention is "
+                f"{self.retention}; drop the latter"
+            )
+        if self.reuse == "compressed" and len(self.rungs) > 1:
+            raise ValueError(
+                "--aircache-rungs with more than one rung does not go with --aircache-reuse "
+                "compressed, whose replicas are packed once"
+            )
+        return dataclasses.replace(self, retention=self.rungs[-1])
+
+    def ladder(self) -> tuple[float, ...]:
+        """The shares that a request is packed to, one after the other; the last is `retention`.
+
+        A replica is shared, and is packed once.
+        """
+        if self.when == "prefill" or self.reuse == "compressed":
+            return (self.retention,)
+        return (*(rung for rung in self.rungs if rung > self.retention), self.retention)
 
     def with_overrides(self, custom_params: Any) -> AirCacheConfig:
         """Apply `custom_params["aircache"]` of one request's sampling parameters.

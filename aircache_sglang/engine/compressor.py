@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from aircache_sglang.engine.heads import TensorParallelHeads
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.model import attention_layers, attention_scale
+from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.request import asked, state_of
 from aircache_sglang.engine.start import start
 from aircache_sglang.runtime.attention import Decoder, Extender
@@ -64,6 +65,7 @@ class Compressor:
         self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
         self._query_room = QUERY_ROWS
+        self._running: Sequence[Any] = ()
         self.table = CompressionTable(model_runner.req_to_token_pool.req_to_token, pool.layer_num)
         self.metrics = Metrics.create(config.policy)
         layers = attention_layers(model_runner.model)
@@ -73,6 +75,7 @@ class Compressor:
         )
         heads.check_same((config, decode, pool.size))
         inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
+        self._has_tree = not model_runner.server_args.disable_radix_cache
         self.costs = CPU
         self.compress: CompressionPass
         decoder: Decoder
@@ -107,6 +110,7 @@ class Compressor:
             batch_invariant=batch_invariant,
         )
         adopt(model_runner.attn_backend, self.attention)
+        self.pressure = Pressure(inputs, self.records, self.metrics)
 
     # Admission, on the scheduler's side
 
@@ -114,7 +118,7 @@ class Compressor:
         """How a request is compressed, None for not at all; decided once a prompt."""
         state = state_of(req)
         if state.decided_for != len(req.origin_input_ids):
-            decision, question = None, asked(req)
+            decision, question = None, asked(req, has_tree=self._has_tree)
             if question is not None:
                 room = self.pool.size - 2 * self.pool.page_size
                 decision = decide(
@@ -155,8 +159,13 @@ class Compressor:
             return 0
         return intent.n_extra
 
-    def begin_batch(self, chunked: Any) -> None:
-        """A prefill batch is put together; chunked: the request whose prefill goes on, or None."""
+    def begin_batch(self, chunked: Any, running: Sequence[Any]) -> None:
+        """A prefill batch is put together.
+
+        chunked: the request whose prefill goes on, or None; running: those that decode.
+        """
+        self._running = running
+        self.pressure.recount()
         self._query_room = QUERY_ROWS - (0 if chunked is None else self._query_rows(chunked))
 
     def admits(self, req: Any) -> bool:
@@ -174,6 +183,14 @@ class Compressor:
         intent = self.intent(req)
         return 0 if intent is None or extends_replica(req) else query_rows(intent)
 
+    def make_room(self, batch: Any) -> None:
+        """Have the slots that admission has promised to a prefill batch."""
+        need = sum(
+            req.extend_end - req.prefix_len + self.slots_to_reserve(req, req.extend_end)
+            for req in batch.reqs
+        )
+        self.pressure.for_prefill(batch.tree_cache, need, [*self._running, *batch.reqs])
+
     def allocate_columns(self, batch: Any) -> None:
         """Open a record, and allocate its slots, for each prefill that ends in this batch."""
         for req in batch.reqs:
@@ -190,6 +207,15 @@ class Compressor:
                     state_of(req).report = record.report()
                 continue
             if intent is None or req.extend_end < len(req.full_untruncated_fill_ids):
+                continue
+            if intent.rungs:
+                originals = self.table.req_to_token[row, : intent.prompt.end]
+                state_of(req).whole = CompressionRecord(
+                    intent=intent,
+                    row=row,
+                    originals=originals.to(torch.int64, copy=True),
+                    extra=originals.new_empty(0, dtype=torch.int64),
+                )
                 continue
             evict_from_tree_cache(batch.tree_cache, intent.n_extra)
             extra = batch.tree_cache.token_to_kv_pool_allocator.alloc(intent.n_extra)
@@ -213,6 +239,7 @@ class Compressor:
         """Run one forward; around a prefill, stash queries and then compress what it ended."""
         if batch is None or batch.forward_mode.is_idle():
             return forward()
+        self.pressure.launch()
         if not batch.forward_mode.is_extend():
             with self.attention.during(self._decode_work(batch)):
                 return forward()
@@ -259,13 +286,18 @@ class Compressor:
             sums=sums,
             extends=extends,
             extends_all=len(extends) == len(batch.reqs),
-            packs=any(self._unpacked(req) for req in batch.reqs),
+            packs=any(self._unpacked(req) or self._unranked(req) for req in batch.reqs),
         )
 
     def _unpacked(self, req: Any) -> CompressionRecord | None:
         """The record of a request whose prefill ends in the batch that is about to run, or ran."""
         record = self.records.get(req.kv.req_pool_idx)
         return record if record is not None and record.budgets is None else None
+
+    def _unranked(self, req: Any) -> CompressionRecord | None:
+        """The record of a request whose prefill ends so, and which may be packed later."""
+        whole = state_of(req).whole
+        return whole if whole is not None and whole.ladder is None else None
 
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
         prompt = record.intent.prompt
@@ -277,23 +309,32 @@ class Compressor:
     def _compress(self, reqs: list[Any]) -> None:
         """Run the pass for the requests whose prefill has just been launched to its end."""
         started = time.perf_counter()
-        jobs: list[Job] = []
-        packed: list[Any] = []
+        now: list[Job] = []
+        later: list[Job] = []
+        owners: list[Any] = []
         for req in reqs:
-            record, state = self._unpacked(req), state_of(req)
+            state, packed = state_of(req), self._unpacked(req)
+            record = packed or self._unranked(req)
             if record is not None:
                 assert state.stash is not None, "a record was opened without a prefill"
-                jobs.append(state.stash.job(record))
-                state.stash = None
-                packed.append(req)
+                job, state.stash = state.stash.job(record), None
+                if packed is None:
+                    later.append(job)
+                else:
+                    now.append(job)
+                    owners.append(req)
             elif state.stash is not None:
                 state.stash.detach()
-        if not jobs:
+        if not now and not later:
             return
-        self.compress(jobs)
-        seconds = (time.perf_counter() - started) / len(jobs)
-        for req, job in zip(packed, jobs, strict=True):
+        if now:
+            self.compress(now)
+        if later:
+            self.compress.rank(later)
+        seconds = (time.perf_counter() - started) / (len(now) + len(later))
+        for job in (*now, *later):
             job.record.seconds = seconds
+        for req, job in zip(owners, now, strict=True):
             self._take_surplus(req, job.record)
 
     def _take_surplus(self, req: Any, record: CompressionRecord) -> None:
@@ -319,6 +360,16 @@ class Compressor:
         record.selected = None  # kept by the replica, if there is one
         self.metrics.compressed(record)
 
+    def keeps_whole(self, req: Any) -> bool:
+        """Whether a request was not packed when its prefill ended, and has not been since."""
+        return state_of(req).whole is not None and req.kv.req_pool_idx not in self.records
+
+    def prefilled(self, req: Any) -> None:
+        """The result of a prefill, or of one of its chunks, has been processed."""
+        if self.pressure.enlist(req):
+            # What can be packed is room for others.
+            self._made_room = True
+
     def made_room(self) -> bool:
         """Whether visual slots have been given back since this was last asked."""
         made, self._made_room = self._made_room, False
@@ -326,6 +377,7 @@ class Compressor:
 
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed."""
+        self.pressure.forget(req)
         state_of(req).restart()
         record = self.records.pop(req.kv.req_pool_idx, None)
         if record is not None and record.stage is Stage.RELEASED and not record.reused:

@@ -60,6 +60,27 @@ class Metrics:
             "Slots evicted from the radix tree, by what they held",
             [*names, "kind"],
         )
+        self._packs = Counter(
+            "sglang:aircache_packs",
+            "Times that a request was packed under pressure, by what needed the slots",
+            [*names, "cause"],
+        )
+        self._packed_slots = Counter(
+            "sglang:aircache_packed_slots",
+            "KV slots won by packing under pressure, by what needed them",
+            [*names, "cause"],
+        )
+        self._at_rung = Gauge(
+            "sglang:aircache_requests_at_rung",
+            "Running requests that are packed under pressure, by the share they keep",
+            [*names, "rung"],
+            multiprocess_mode="livesum",
+        )
+        self._avoided = Counter(
+            "sglang:aircache_retractions_avoided",
+            "Decode steps that packing gave the slots for which SGLang retracts requests",
+            names,
+        )
         self._columns = Gauge(
             "sglang:aircache_columns_held",
             "Columns that running requests hold",
@@ -94,6 +115,35 @@ class Metrics:
         self._of(self._freed, policy).inc(n_visual - m)
         self._of(self._seconds, policy).inc(record.seconds)
         self._of(self._columns, policy).inc(m)
+
+    def packed(self, before: CompressionRecord | None, record: CompressionRecord) -> None:
+        """A request goes to the rung of `record`, from that of `before` or from a whole picture."""
+        self.at_rung(None if before is None else before.intent.retention, -1)
+        self.at_rung(record.intent.retention, 1)
+        if before is None:
+            self.compressed(record)
+        elif self._labels is not None:
+            policy = record.intent.config.policy
+            fewer = before.intent.columns - record.intent.columns
+            self._of(self._freed, policy).inc(fewer)
+            self._of(self._columns, policy).dec(fewer)
+
+    def packed_for(self, cause: str, requests: int, slots: int) -> None:
+        """Requests were packed under pressure, which won `slots`."""
+        if self._labels is not None:
+            self._packs.labels(**self._labels, cause=cause).inc(requests)
+            self._packed_slots.labels(**self._labels, cause=cause).inc(slots)
+
+    def at_rung(self, retention: float | None, step: int) -> None:
+        """One request more, or less, at a rung; None for a picture that is whole."""
+        if self._labels is not None:
+            rung = "whole" if retention is None else f"{retention:g}"
+            self._at_rung.labels(**self._labels, rung=rung).inc(step)
+
+    def retraction_avoided(self) -> None:
+        """A decode step has got its slots by packing."""
+        if self._labels is not None:
+            self._of(self._avoided).inc()
 
     def finished(self, record: CompressionRecord) -> None:
         """A compressed request has freed its columns."""

@@ -51,3 +51,12 @@ def query_bytes(model_config: Any, tp_size: int) -> int:
     heads = model_config.get_num_attention_heads(tp_size)
     row = model_config.num_hidden_layers * heads * model_config.head_dim
     return int(QUERY_ROWS * row * model_config.dtype.itemsize)
+
+
+def ladder_share(model_config: Any, kv_dtype: torch.dtype, retention: float) -> float:
+    """What packing under pressure needs beside a pool full of pictures, as a share of both.
+
+    An int32 ordinal for each cell of the first rung (runtime/rungs.py), beside K and V.
+    """
+    beside = 4 * retention / (2 * model_config.head_dim * kv_dtype.itemsize)
+    return float(beside / (1 + beside))

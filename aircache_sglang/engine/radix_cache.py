@@ -40,6 +40,12 @@ class Requests(Protocol):
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The visual slots of a compressed request have been given back."""
 
+    def keeps_whole(self, req: Any) -> bool:
+        """Whether a request was not packed when its prefill ended, and has not been since."""
+
+    def prefilled(self, req: Any) -> None:
+        """The result of a prefill, or of one of its chunks, has been processed."""
+
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed."""
 
@@ -93,6 +99,7 @@ class AirCacheRadixCache(SpanTree):
                 self._publish_prompt(req, record)
             self.requests.released(req, record)
         if self.disable:
+            self.requests.prefilled(req)
             return
         replica = req.last_node.replica
         if replica is not None:
@@ -100,10 +107,22 @@ class AirCacheRadixCache(SpanTree):
                 self._publish(req, up_to, below=replica)
         elif record is None:
             intent = self.requests.intent(req)
-            if intent is not None:
-                # A chunk of a prefill that will be compressed.
+            exact = req.finished() and self.requests.keeps_whole(req)
+            if intent is not None and not exact:
+                # A chunk of a prefill that will be compressed, or what may be packed later.
                 up_to = min(up_to, intent.published)
             self._publish(req, up_to)
+        self.requests.prefilled(req)
+
+    def give_up_picture(self, req: Any, record: CompressionRecord) -> None:
+        """A request that had its picture whole is packed: its slots are free, or yield."""
+        if self.disable:
+            self._free_visual(record)
+        elif record.intent.reuses:
+            self._publish_replica(req, record)
+        else:
+            record.release()
+            self._hold(req, req.last_node, req.kv.cache_protected_len, text_only=True)
 
     def _free_surplus(self, req: Any) -> None:
         surplus = self.requests.surplus.pop(req.kv.req_pool_idx, None)
@@ -240,13 +259,14 @@ class AirCacheRadixCache(SpanTree):
             return
         prompt = record.intent.prompt
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        own_end, text_from = prompt.end, prompt.end
-        if record.stage is Stage.RELEASED:
-            own_end, text_from = prompt.start, record.text_from
+        is_released = record.stage is Stage.RELEASED
+        own_end = prompt.start if is_released else prompt.end
         for start, end in ranges:
-            # The row is rewritten from `start` of the gap on; before that both name one slot.
+            # The row is rewritten from `start` of the gap up to `end` of the prompt's pictures.
             self.token_to_kv_pool_allocator.free(record.originals[start : min(end, own_end)])
-            self.token_to_kv_pool_allocator.free(row[max(start, text_from) : end])
+            if is_released and not record.intent.n_copies and start <= prompt.start:
+                self.token_to_kv_pool_allocator.free(prompt.between_of(record.originals))
+            self.token_to_kv_pool_allocator.free(row[max(start, prompt.end) : end])
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)

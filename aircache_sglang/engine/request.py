@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from aircache_sglang.runtime.decide import Asked, Intent, Reason
+from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import bare_spans
 from aircache_sglang.runtime.stash import PrefillStash
 
@@ -21,6 +22,8 @@ class RequestState:
     intent: how it is compressed, None for not at all; decided for a prompt of `decided_for` tokens,
         since an abort replaces the prompt by a stub (set_finish_with_abort).
     stash: what its prefill has left so far.
+    whole: the record of a picture that may be packed later.
+    packs: the records of the rungs to which it has been packed since, in order.
     report, reason: for the answer, once known.
     bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
     """
@@ -28,6 +31,8 @@ class RequestState:
     decided_for: int | None = None
     intent: Intent | None = None
     stash: PrefillStash | None = None
+    whole: CompressionRecord | None = None
+    packs: list[CompressionRecord] = dataclasses.field(default_factory=list)
     report: dict[str, Any] | None = None
     reason: Reason | None = None
     bare_spans: list[tuple[int, list[int]]] | None = None
@@ -39,7 +44,8 @@ class RequestState:
 
     def restart(self) -> None:
         """Forget what belongs to one life of a request; a retracted one decides anew."""
-        self.decided_for = self.intent = self.stash = None
+        self.decided_for = self.intent = self.stash = self.whole = None
+        self.packs = []
 
     def unsent(self, name: str) -> list[Any]:
         """[value] of `report` or `reason` once for each value, else nothing."""
@@ -59,11 +65,15 @@ def state_of(req: Any) -> RequestState:
     return state
 
 
-def asked(req: Any) -> Asked | None:
+def asked(req: Any, *, has_tree: bool = True) -> Asked | None:
     """What `decide` looks at; None for a request without multimodal inputs."""
     inputs, params = req.multimodal_inputs, req.sampling_params
     if inputs is None:
         return None
+    reserved = min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS)
+    if params.ignore_eos and not has_tree:
+        # managers/schedule_policy.py, add_one_req_ignore_eos: the whole answer has to fit.
+        reserved = params.max_new_tokens
     return Asked(
         input_ids=req.origin_input_ids,
         mm_items=inputs.mm_items,
@@ -71,7 +81,7 @@ def asked(req: Any) -> Asked | None:
         expected=None if inputs.image_pad_len is None else sum(inputs.image_pad_len),
         custom_params=params.custom_params,
         max_new_tokens=params.max_new_tokens,
-        reserved=min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS),
+        reserved=reserved,
         supported=(
             req.input_embeds is None
             and req.positional_embed_overrides is None

@@ -10,7 +10,7 @@ slots are only read: they may belong to the radix tree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ from aircache_sglang.policy import (
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.kv_planes import absolute_rows
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.rungs import Ladder, cells_of, layers_of, make_ladder
 from aircache_sglang.runtime.stash import Job
 from aircache_sglang.runtime.table import CompressionTable, gap_entries
 
@@ -121,6 +122,9 @@ class CompressionPass(Protocol):
         `min_visual_mass`.
         """
 
+    def rank(self, jobs: Sequence[Job]) -> None:
+        """Score what may be packed later, and set `ladder` of the records; the pool stays."""
+
 
 class TorchPass:
     """The pass in torch, for any policy and device."""
@@ -131,6 +135,15 @@ class TorchPass:
     def __call__(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._compress(job)
+
+    def rank(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            record = job.record
+            found = judge(
+                policy_of(record.intent.config),
+                *(job, self.inputs, self.inputs.visual_slots(record)),
+            )
+            record.ladder = ladder(found, record, self.inputs.heads)
 
     def _compress(self, job: Job) -> None:
         inputs, record, config = self.inputs, job.record, job.record.intent.config
@@ -190,11 +203,8 @@ def keep(
     found: Judgement, record: CompressionRecord, heads: HeadGroup, sizes: Sequence[int]
 ) -> list[Kept]:
     """Split and select for each number of columns in `sizes`, without waiting for the device."""
-    config, n_visual = record.intent.config, record.intent.prompt.n_visual
-    policy, statistics = policy_of(config), heads.mean(found.statistics)
-    scores = shared(found.scores, heads) if config.ablation.selection == "shared" else found.scores
-    budgets = [policy.budgets(statistics, n_visual, m) for m in sizes]
-    order = select_padded(scores, budgets[0]).roll(-config.ablation.rank, dims=-1)
+    order, budgets_of = ranked(found, record, heads)
+    budgets = [budgets_of(m) for m in sizes]
     selected = [cells_of(order, n, len(n) * m) for n, m in zip(budgets, sizes, strict=True)]
     masses = [
         visual_mass(found.importance, chosen, n)
@@ -204,6 +214,27 @@ def keep(
         Kept(order, *choice)
         for choice in zip(budgets, selected, heads.mean(torch.stack(masses)), strict=True)
     ]
+
+
+def ladder(found: Judgement, record: CompressionRecord, heads: HeadGroup) -> Ladder:
+    """What packing a request later will need."""
+    order, budgets_of = ranked(found, record, heads)
+    return make_ladder(record.intent.rungs, order, budgets_of, found.importance, heads.mean)
+
+
+def ranked(
+    found: Judgement, record: CompressionRecord, heads: HeadGroup
+) -> tuple[torch.Tensor, Callable[[int], torch.Tensor]]:
+    """The tokens by rank, int64 [L, H_kv, N_v], and the budgets, int64 [L], of m columns."""
+    config, n_visual = record.intent.config, record.intent.prompt.n_visual
+    policy, statistics = policy_of(config), heads.mean(found.statistics)
+    scores = shared(found.scores, heads) if config.ablation.selection == "shared" else found.scores
+
+    def budgets_of(m: int) -> torch.Tensor:
+        return policy.budgets(statistics, n_visual, m)
+
+    order = select_padded(scores, budgets_of(record.intent.columns))
+    return order.roll(-config.ablation.rank, dims=-1), budgets_of
 
 
 def merged(
@@ -278,19 +309,6 @@ def judge(policy: Policy, job: Job, inputs: PassInputs, visual_slots: torch.Tens
     return Judgement(torch.cat(scores), torch.cat(statistics, dim=1), torch.cat(importance))
 
 
-def cells_of(order: torch.Tensor, budgets: torch.Tensor, n_cells: int) -> torch.Tensor:
-    """The kept tokens in the order of the cells, without a host synchronisation.
-
-    order: int64 [L, H_kv, N_v], ordinals by falling importance; budgets: int64 [L], sum n_cells.
-    Returns int64 [H_kv, n_cells]: cell off[l] + j of KV head h holds the token order[l, h, j].
-    """
-    cells = torch.arange(n_cells, device=order.device)
-    ends = budgets.cumsum(0)
-    layer = torch.searchsorted(ends, cells, right=True)
-    j = cells - (ends - budgets)[layer]
-    return order[layer, :, j].transpose(0, 1)
-
-
 def pack(
     k_all: torch.Tensor,
     v_all: torch.Tensor,
@@ -313,12 +331,12 @@ def pack(
     if source is not None:
         n_source = source[0].shape[1]
         source_slots = torch.arange(n_source, device=k_all.device)
-    cells = torch.arange(n_layers * columns.numel(), device=k_all.device)
-    layer = torch.searchsorted(budgets.cumsum(0), cells, right=True)
+    n_cells = n_layers * columns.numel()
+    cells, layer = torch.arange(n_cells, device=k_all.device), layers_of(budgets, n_cells)[0]
     head = torch.arange(n_heads, device=k_all.device)
     origin = layer[:, None] * n_source + source_slots[selected.transpose(0, 1)]
     target = absolute_rows(cells, columns, n_layers, rows)
-    origin = (origin * n_heads + head[None, :]).view(-1)
+    origin = (origin * n_heads + head[None, :]).reshape(-1)
     for cache, original in zip((k_all, v_all), source or (k_all, v_all), strict=True):
         if cache.itemsize == 1:
             # torch copies no float8 by index on a CPU

@@ -8,7 +8,7 @@ import zlib
 from array import array
 from collections.abc import Collection, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.policy import columns
@@ -39,9 +39,17 @@ class Reason(StrEnum):
     UNSUPPORTED_REQUEST = "unsupported_request"
     POOL_TOO_SMALL = "pool_too_small"
     NO_GAIN = "no_gain"
-    # Known only once its prefill runs.
+    # Known only once its prefill runs, or it has ended.
     NO_FREE_SLOTS = "no_free_slots"
     MASS_NOT_REACHED = "mass_not_reached"
+    NO_PRESSURE = "no_pressure"
+
+
+class Rung(NamedTuple):
+    """A size that a request may be packed to: a share of its visual KV, and m columns."""
+
+    retention: float
+    columns: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +60,8 @@ class Intent:
         most that they may be until the pass has chosen.
     retention: what the pass has chosen; None where it was asked for.
     salt: an integer drawn from the prompt.
+    rungs: what it is packed to under pressure, one after the other, the last with the columns
+        above; empty where it is packed at the end of its prefill.
     """
 
     config: AirCacheConfig
@@ -59,6 +69,12 @@ class Intent:
     columns: int
     retention: float | None = None
     salt: int = 0
+    rungs: tuple[Rung, ...] = ()
+
+    def at(self, rung: int) -> Intent:
+        """The same, packed to one of its rungs."""
+        retention, m = self.rungs[rung]
+        return dataclasses.replace(self, columns=m, retention=retention)
 
     @property
     def reuses(self) -> bool:
@@ -176,6 +192,16 @@ def read_prompt(
     return VisualPrompt(spans=merged, length=length, n_visual=n_visual)
 
 
+def rungs_of(config: AirCacheConfig, n_visual: int) -> tuple[Rung, ...]:
+    """The rungs of so many visual tokens, each with fewer columns than the one before."""
+    rungs: list[Rung] = []
+    for retention in reversed(config.ladder()):
+        m = columns(retention, n_visual)
+        if (rungs[-1].columns if rungs else 0) < m < n_visual:
+            rungs.append(Rung(retention, m))
+    return tuple(reversed(rungs))
+
+
 def decide(
     asked: Asked, config: AirCacheConfig, *, room: int, pad_floor: int, costs: Costs = CPU
 ) -> Intent | Reason | None:
@@ -212,7 +238,11 @@ def decide(
         return Reason.NO_DECODE
     if not asked.supported:
         return Reason.UNSUPPORTED_REQUEST
-    intent = Intent(config, prompt, m, salt=zlib.crc32(array("q", asked.input_ids).tobytes()))
+    intent = Intent(
+        *(config, prompt, m),
+        salt=zlib.crc32(array("q", asked.input_ids).tobytes()),
+        rungs=rungs_of(config, prompt.n_visual) if config.when == "pressure" else (),
+    )
     # A request that only fits an empty pool without its columns would wait for ever.
     if prompt.length + asked.reserved + intent.n_extra >= room:
         return Reason.POOL_TOO_SMALL

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from aircache_kernels import (
 )
 from aircache_kernels.validation import MAX_VISUAL
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation
-from aircache_sglang.runtime.compress import PassInputs, TorchPass
+from aircache_sglang.runtime.compress import Judgement, PassInputs, TorchPass, ladder
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.stash import Job, joined
 from aircache_sglang.runtime.transfer import indptr, vectors_to_device
@@ -53,7 +53,7 @@ class Group:
         self.jobs, self.records = jobs, [job.record for job in jobs]
         self.config = self.records[0].intent.config
         prompts = [record.intent.prompt for record in self.records]
-        kv_lens = [prompt.n_visual for prompt in prompts]
+        self.kv_lens = kv_lens = [prompt.n_visual for prompt in prompts]
         self.m = [record.intent.columns for record in self.records]
         self.most = max(kv_lens)
         looks = [self.config.scoring_window()[0]]
@@ -99,6 +99,23 @@ class KernelPass:
         self.torch_pass = TorchPass(inputs)
 
     def __call__(self, jobs: Sequence[Job]) -> None:
+        for group in self._groups(jobs, self.torch_pass):
+            self._compress(group)
+
+    def rank(self, jobs: Sequence[Job]) -> None:
+        """Scores in Triton; the order and the rungs' budgets, request by request, in torch."""
+        for group in self._groups(jobs, self.torch_pass.rank):
+            found = self._judge(group)
+            for i, (first, last) in enumerate(itertools.pairwise(indptr(group.kv_lens))):
+                record = group.records[i]
+                scores, weights = (part[:, :, first:last] for part in (found[0], found[1]))
+                judgement = Judgement(scores.contiguous(), found[2][i], weights.contiguous())
+                record.ladder = ladder(judgement, record, self.inputs.heads)
+
+    def _groups(
+        self, jobs: Sequence[Job], elsewhere: Callable[[Sequence[Job]], None]
+    ) -> Iterator[Group]:
+        """Jobs of one setting together; `elsewhere` does what the kernels do not have."""
         groups: dict[Setting, list[Job]] = {}
         for job in jobs:
             config = job.record.intent.config
@@ -106,17 +123,23 @@ class KernelPass:
                 setting = (config.window, config.alpha, config.elite, config.budget)
                 groups.setdefault(setting, []).append(job)
             else:
-                self.torch_pass([job])
+                elsewhere([job])
         for members in groups.values():
-            self._compress(Group(members, self.inputs.k_all.device))
+            yield Group(members, self.inputs.k_all.device)
 
-    def _compress(self, group: Group) -> None:
-        inputs = self.inputs
+    def _judge(self, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Importance, and that of `visual_mass`, each float32 [L, H_kv, sum N_v], and statistics,
+        float64 [B, 2, L]."""
         importance = self._score(group, 0, group.config.scoring_window()[1])
         weights = importance
         if len(group.windows) > 1:
             weights = self._score(group, 1, group.config.alpha)
         statistics = importance_statistics(importance, group.kv_indptr, max_kv_len=group.most)
+        return importance, weights, statistics
+
+    def _compress(self, group: Group) -> None:
+        inputs = self.inputs
+        importance, weights, statistics = self._judge(group)
         budgets, cell_offset = layer_budgets(
             inputs.heads.mean(statistics),
             group.kv_indptr,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from aircache_sglang.runtime.decide import Intent
-from aircache_sglang.runtime.table import gap_end, gap_entries
+from aircache_sglang.runtime.rungs import Ladder
+from aircache_sglang.runtime.table import gap_entries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,13 +62,16 @@ class CompressionRecord:
         by the request until its row is released, or by the tree if `shared`.
     released: row entries from `cache_protected_len` on whose slots the request no longer owns.
     reused: the columns are those of a replica that an earlier turn left.
-    exact_tail: text beyond the prompt was computed beside the full picture (a retracted request),
-        and fits neither namespace.
+    exact_tail: text beyond the prompt was computed beside the full picture (a retracted request, or
+        one that was packed later), and fits neither namespace.
     budgets: integers [L] on the host; mass: float64 [] on the host, see `visual_mass`.
     selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
         of all tensor-parallel ranks; only if the request wants its selection reported.
     surplus: int64, slots that the pass turned out not to need.
     seconds: of the host in the pass; on a GPU that is launching it.
+    ladder: what packing it to further rungs needs; None where it is packed once.
+    rung: which of its rungs it is packed to. packed_at: index of the first answer token that was
+        decoded so.
     cell_rows: absolute rows of the packed cells, one int64 [n_l] a layer; for attention in torch.
     """
 
@@ -85,6 +89,9 @@ class CompressionRecord:
     selected: torch.Tensor | None = None
     surplus: torch.Tensor | None = None
     seconds: float = 0.0
+    ladder: Ladder | None = None
+    rung: int = 0
+    packed_at: int = 1
     cell_rows: list[torch.Tensor] | None = None
 
     @classmethod
@@ -113,15 +120,6 @@ class CompressionRecord:
         """int64 [n_between] slots of the copied text."""
         return self.extra[self.intent.columns :]
 
-    @property
-    def text_from(self) -> int:
-        """First row entry past the columns that holds text of the request's own or of the tree.
-
-        Without copies the text between pictures stays in its original slots.
-        """
-        prompt = self.intent.prompt
-        return prompt.end if self.intent.n_copies else gap_end(prompt)
-
     def private_tokens(self, stock: int) -> int:
         """Slots this request owns outside the tree, given what stock SGLang would count."""
         return stock - self.released + (0 if self.shared else self.extra.numel())
@@ -148,6 +146,26 @@ class CompressionRecord:
         variant = self.intent.config.variant()
         return Replica(variant, self.intent, slots, self.budgets, self.mass, self.selected)
 
+    def at(
+        self, rung: int, *, originals: torch.Tensor, extra: torch.Tensor, packed_at: int
+    ) -> CompressionRecord:
+        """The record of this request once it is packed to a rung of its ladder; see `__init__`."""
+        assert self.ladder is not None, "only what was ranked is packed later"
+        budgets, mass = self.ladder.reported
+        return dataclasses.replace(
+            self,
+            intent=self.intent.at(rung),
+            originals=originals,
+            extra=extra,
+            rung=rung,
+            budgets=budgets[rung],
+            mass=mass[rung],
+            packed_at=packed_at,
+            exact_tail=self.exact_tail or packed_at > 1,
+            selected=None,
+            cell_rows=None,
+        )
+
     def release(self, *, freed: int = 0, shared: bool = False) -> None:
         """The prefill's result is known, and the originals are given back.
 
@@ -157,28 +175,51 @@ class CompressionRecord:
         assert self.stage is Stage.PREFILLED, "released twice"
         self.stage, self.released, self.shared = Stage.RELEASED, freed, shared
 
+    def report_whole(self) -> dict[str, Any]:
+        """`meta_info["aircache"]` of a request that may be packed later, and has not been."""
+        assert self.ladder is not None, "what is not packed later is packed"
+        n_visual, n_layers = self.intent.prompt.n_visual, self.ladder.budgets.shape[1]
+        return self._described() | {
+            "retention": 1.0,
+            "columns": 0,
+            "slots_freed": 0,
+            "layer_budgets": [n_visual] * n_layers,
+            "visual_mass": 1.0,
+            "rung": None,
+            "packed_at": None,
+        }
+
     def report(self) -> dict[str, Any]:
         """The request's `meta_info["aircache"]`. Waits for the device if the pass still runs."""
         assert self.budgets is not None and self.mass is not None, "a report needs a finished pass"
-        budgets = self.budgets.tolist()
-        prompt, config = self.intent.prompt, self.intent.config
-        lo, hi = prompt.instruction
-        info: dict[str, Any] = {
-            "policy": config.policy,
-            "retention": self.intent.retention or config.retention,
-            "visual_tokens": prompt.n_visual,
+        budgets, prompt = self.budgets.tolist(), self.intent.prompt
+        info = self._described() | {
+            "retention": self.intent.retention or self.intent.config.retention,
             "columns": self.intent.columns,
             "slots_freed": prompt.n_visual - self.intent.columns,
             "layer_budgets": budgets,
-            "instruction_tokens": min(hi - lo, config.observed()[0]),
             "visual_mass": round(float(self.mass), 6),
-            "reused": self.reused,
+            "rung": self.rung,
+            "packed_at": self.packed_at,
         }
-        if prompt.is_unified:
-            info["audience"] = "all"
         if self.selected is not None:
             info["selection"] = [
                 heads.sort(dim=-1).values.tolist()
                 for heads in self.selected.cpu().split(budgets, dim=1)
             ]
+        return info
+
+    def _described(self) -> dict[str, Any]:
+        """What a report says of the request, whatever has become of it."""
+        prompt, config = self.intent.prompt, self.intent.config
+        lo, hi = prompt.instruction
+        info: dict[str, Any] = {
+            "policy": config.policy,
+            "visual_tokens": prompt.n_visual,
+            "instruction_tokens": min(hi - lo, config.observed()[0]),
+            "reused": self.reused,
+            "when": config.when,
+        }
+        if prompt.is_unified:
+            info["audience"] = "all"
         return info

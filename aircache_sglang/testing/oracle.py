@@ -145,17 +145,21 @@ class Oracle:
         selection: Selection | None = None,
         *,
         unified: bool = False,
+        packs: Sequence[tuple[int, Selection]] = (),
     ) -> Trace:
         """Prefill ``inputs`` in full, then decode ``tokens`` with only the selection visible.
 
         One forward stands for the prefill and all decode steps: the rows of the prompt see the
         whole prompt before them, the rows of the generated tokens only what was kept of it.
         ``selection`` None keeps every cell; ``unified``: its ordinals count all tokens.
+        ``packs``: selections that hold from the token of that index on, in place of one.
         """
+        if selection is not None:
+            packs = [(1, selection)]
         n_prompt, n_tokens = inputs["input_ids"].shape[1], len(tokens)
         visual = (inputs["mm_token_type_ids"][0] != 0).nonzero().view(-1)
         audience = torch.arange(n_prompt) if unified else visual
-        forward = _Forward(self._visible(n_prompt, n_tokens, audience, selection))
+        forward = _Forward(self._visible(n_prompt, n_tokens, audience, packs))
         # The last token is never fed back.
         fed = torch.tensor([list(tokens[:-1])], dtype=torch.long)
         # What is left are the pictures, and the token types if the model asks for them.
@@ -181,32 +185,34 @@ class Oracle:
         )
 
     def _visible(
-        self, n_prompt: int, n_tokens: int, audience: torch.Tensor, selection: Selection | None
+        self,
+        n_prompt: int,
+        n_tokens: int,
+        audience: torch.Tensor,
+        packs: Sequence[tuple[int, Selection]],
     ) -> list[torch.Tensor]:
         """Per layer, bool [H_kv, S, S]: causal, and no dropped cell for the generated tokens."""
         layers, heads = self.text_config.num_hidden_layers, self.text_config.num_key_value_heads
         total = n_prompt + n_tokens - 1
         causal = torch.ones(total, total, dtype=torch.bool).tril()
-        if selection is None:
-            return [causal.expand(heads, -1, -1)] * layers
-        if len(selection) != layers or any(len(layer) != heads for layer in selection):
-            raise ValueError(
-                f"selection must have {layers} layers of {heads} KV heads, "
-                f"got {[len(layer) for layer in selection]}"
-            )
-        masks = []
-        for layer in selection:
-            visible = causal.repeat(heads, 1, 1)
-            for head, kept in enumerate(layer):
-                dropped = torch.ones(len(audience), dtype=torch.bool)
-                dropped[list(kept)] = False
-                visible[head, n_prompt:, audience[dropped]] = False
-            masks.append(visible)
+        masks = [causal.repeat(heads, 1, 1) for _ in range(layers)]
+        for first, selection in packs:
+            if len(selection) != layers or any(len(layer) != heads for layer in selection):
+                raise ValueError(
+                    f"selection must have {layers} layers of {heads} KV heads, "
+                    f"got {[len(layer) for layer in selection]}"
+                )
+            for visible, layer in zip(masks, selection, strict=True):
+                for head, kept in enumerate(layer):
+                    dropped = torch.ones(len(audience), dtype=torch.bool)
+                    dropped[list(kept)] = False
+                    # Token i is drawn from the row of token i - 1.
+                    visible[head, n_prompt + first - 1 :, audience[dropped]] = False
         return masks
 
 
-def logprob_error(trace: Trace, meta_info: dict[str, Any]) -> float:
-    """The largest difference between a server's logprobs and the oracle's.
+def logprob_error(trace: Trace, meta_info: dict[str, Any], *, first: int = 0) -> float:
+    """The largest difference between a server's logprobs and the oracle's, from a step on.
 
     Over the generated tokens and, where the answer holds them, the top logprobs of each step.
     """
@@ -216,7 +222,7 @@ def logprob_error(trace: Trace, meta_info: dict[str, Any]) -> float:
     top = meta_info.get("output_top_logprobs") or [[]] * len(steps)
     return max(
         abs(value - float(row[token]))
-        for row, step, others in zip(trace.logprobs, steps, top, strict=True)
+        for row, step, others in list(zip(trace.logprobs, steps, top, strict=True))[first:]
         for value, token, _ in (step, *others)
     )
 
@@ -228,16 +234,28 @@ def assert_agrees(oracle: Oracle, prompt: Prompt, answer: Any, *, greedy: bool =
     assert meta_info["prompt_tokens"] == inputs["input_ids"].shape[1]
     report = meta_info["aircache"]
     unified = report is not None and report.get("audience") == "all"
-    selection = None if report is None else report["selection"]
-    trace = oracle.run(inputs, tokens, selection, unified=unified)
-    error = logprob_error(trace, meta_info)
+    packs = packs_of(report)
+    trace = oracle.run(inputs, tokens, unified=unified, packs=packs)
+    first = 0
+    if meta_info.get("num_retractions"):
+        # What it had said before its last life was decoded otherwise; its last token was not.
+        first = packs[0][0] if packs else len(tokens) - 1
+    error = logprob_error(trace, meta_info, first=first)
     assert error < LOGPROB_TOLERANCE, f"logprobs differ by {error:.2e}"
-    if greedy:
+    if greedy and not first:
         chosen = trace.logprobs[torch.arange(len(tokens)), torch.tensor(tokens)]
         assert (chosen > trace.logprobs.amax(dim=1) - 2 * LOGPROB_TOLERANCE).all()
     if report is not None:
         assert report["visual_tokens"] == len(trace.audience)
     return trace
+
+
+def packs_of(report: dict[str, Any] | None) -> list[tuple[int, Selection]]:
+    """What a report says was visible, from which token of the answer on."""
+    if report is None:
+        return []
+    steps = report.get("packs", [report] if report["packed_at"] is not None else [])
+    return [(step["packed_at"], step["selection"]) for step in steps]
 
 
 def assert_policy_agrees(

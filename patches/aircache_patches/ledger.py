@@ -27,7 +27,7 @@ class Hook:
 
 def hooks() -> list[Hook]:
     """All hooks, in the order in which a request meets them."""
-    from aircache_patches import accounting, forward, output, pool, prefill, requests
+    from aircache_patches import accounting, forward, output, pool, prefill, pressure, requests
 
     around, after, replace = HookType.AROUND, HookType.AFTER, HookType.REPLACE
     srt = "sglang.srt."
@@ -71,7 +71,17 @@ def hooks() -> list[Hook]:
         Hook(
             srt + "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
             prefill.prepare_for_extend,
-            after,
+            around,
+        ),
+        Hook(
+            srt + "mem_cache.prefill_budget.PrefillBudget._available_and_evictable",
+            pressure.available_and_evictable,
+            around,
+        ),
+        Hook(
+            srt + "managers.scheduler.Scheduler.update_running_batch",
+            pressure.update_running_batch,
+            around,
         ),
         Hook(
             srt + "managers.tp_worker.TpModelWorker.forward_batch_generation",

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
 
+from aircache_patches import process
 from aircache_patches.refusal import refuse
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,17 @@ def get_kv_pool_cls(original: Callable[..., Any], platform: Any, *, kind: str) -
 
 def profile_available_bytes(original: Callable[..., int], configurator: Any, *args: Any) -> int:
     """AROUND KVCacheConfigurator._profile_available_bytes: room for the queries that a prefill
-    keeps until its pass."""
-    from aircache_sglang.engine.model import query_bytes
+    keeps until its pass, and for what packing under pressure needs."""
+    from aircache_sglang.engine.model import ladder_share, query_bytes
 
     stock = original(configurator, *args)
+    _, config = process.policy_in_force()
     reserved = query_bytes(configurator.model_config, get_parallel().attn_tp_size)
+    if config.when == "pressure":
+        share = ladder_share(
+            configurator.model_config, configurator.kv_cache_dtype, config.ladder()[0]
+        )
+        reserved += int(share * max(0, stock - reserved))
     if reserved >= stock:
         raise refuse(
             f"--kv-policy needs {reserved >> 20} MiB beside the KV pool, and "

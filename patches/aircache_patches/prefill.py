@@ -19,7 +19,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     compressor = process.compressor()
     if compressor.made_room():
         running_batch.batch_is_full = False
-    compressor.begin_batch(scheduler.chunked_req)
+    compressor.begin_batch(scheduler.chunked_req, running_batch.reqs)
     return original(scheduler, running_batch)
 
 
@@ -36,11 +36,16 @@ def add_one_req(
     original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND PrefillAdder.add_one_req: a batch ends where it would keep too many queries."""
+    process.compressor().pressure.recount()
     if not process.compressor().admits(req):
         return AddReqResult.OTHER
     return original(adder, req, *args, **kwargs)
 
 
-def prepare_for_extend(result: Any, batch: Any) -> None:
-    """AFTER ScheduleBatch.prepare_for_extend: the prompts' own slots are allocated."""
-    process.compressor().allocate_columns(batch)
+def prepare_for_extend(original: Callable[..., None], batch: Any) -> None:
+    """AROUND ScheduleBatch.prepare_for_extend, which allocates the prompts' own slots: requests are
+    packed to have them, and the columns are allocated beside them."""
+    compressor = process.compressor()
+    compressor.make_room(batch)
+    original(batch)
+    compressor.allocate_columns(batch)

@@ -13,6 +13,7 @@ from aircache_sglang.config import (
     ELITE_MODES,
     GATE_MODES,
     REUSE_MODES,
+    WHEN_MODES,
     AirCacheConfig,
 )
 from aircache_sglang.policy import policy_names
@@ -89,6 +90,21 @@ class AirCacheServerArgs(ServerArgs):
         ),
         NS("memory"),
     ] = _DEFAULT.gate
+    aircache_when: A[
+        str,
+        Arg(
+            help="When a request is packed: at the end of its 'prefill', or under 'pressure', when "
+            "the KV pool needs the slots, and until then its answer is stock SGLang's.",
+            choices=list(WHEN_MODES),
+        ),
+        NS("memory"),
+    ] = _DEFAULT.when
+    aircache_rungs: A[
+        str,
+        "Shares that a request is packed to under pressure, one after the other, as 0.5,0.25,0.1; "
+        "the last is the retention, in place of --aircache-retention.",
+        NS("memory"),
+    ] = ""
     aircache_pin_text: A[
         float,
         "Share of the KV pool up to which cached text outlasts visual KV, 0 <= SHARE <= 1.",

@@ -242,6 +242,9 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
         "layer_budgets": [1, 6, 2],
         "instruction_tokens": 3,
         "reused": False,
+        "when": "prefill",
+        "rung": 0,
+        "packed_at": 1,
         "selection": [
             [sorted(order[layer, head, :n].tolist()) for head in range(n_heads)]
             for layer, n in enumerate([1, 6, 2])

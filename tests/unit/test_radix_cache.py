@@ -49,6 +49,7 @@ from aircache_sglang.engine.backend import AttentionState
 from aircache_sglang.engine.compressor import Compressor
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
+from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 from aircache_sglang.engine.request import state_of
 from aircache_sglang.engine.tree import Kind, Node
@@ -100,7 +101,9 @@ class FakeReq:
             MultimodalInputs(mm_items=items, im_token_id=PAD - 1) if spans else None
         )
         self.sampling_params = SimpleNamespace(
-            max_new_tokens=8, custom_params={"aircache": config} if config else None
+            max_new_tokens=8,
+            ignore_eos=False,
+            custom_params={"aircache": config} if config else None,
         )
         self.kv = ReqKvInfo()
         self.full_untruncated_fill_ids = array("q")
@@ -139,7 +142,13 @@ class World:
     """A pool, a tree and a compressor, without a model."""
 
     def __init__(
-        self, size: int, *, disable: bool = False, rows: int = 8, pin_text: float = 0.5
+        self,
+        size: int,
+        *,
+        disable: bool = False,
+        rows: int = 8,
+        pin_text: float = 0.5,
+        when: str = "prefill",
     ) -> None:
         self.pool = LayerContiguousKVPool(
             size, 1, torch.float32, KV_HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False
@@ -149,7 +158,13 @@ class World:
         )
         self.rows = ReqToTokenPool(rows, 256, "cpu", enable_memory_saver=False)
         compressor = Compressor.__new__(Compressor)
-        compressor.config = AirCacheConfig(retention=0.4, min_visual_tokens=3, gate="off")
+        compressor.config = AirCacheConfig(
+            *("aircache", 0.4),
+            min_visual_tokens=3,
+            gate="off",
+            when=when,
+            rungs=(0.8, 0.6, 0.4),
+        )
         compressor.pool = self.pool
         compressor.records, compressor.surplus, compressor.costs = {}, {}, CPU
         compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
@@ -163,6 +178,9 @@ class World:
             1.0,
         )
         compressor.compress = TorchPass(cells)
+        compressor._running, compressor._has_tree = (), not disable
+        self.pressure = Pressure(cells, compressor.records, compressor.metrics)
+        compressor.pressure = self.pressure
         decoder = TorchDecoder(self.pool, compressor.table)
         extender = TorchExtender(self.pool, compressor.table)
         compressor.attention = AttentionState(self.pool, decoder, extender, lambda: None)
@@ -206,7 +224,9 @@ class World:
         extend = min(chunk, total - req.prefix_len)
         need = extend + (self.compressor.slots_to_reserve(req, extend) if reserve else 0)
         lock = self.tree.lock(req.last_node) if first else None
-        if need > self.free_or_evictable() or not self.rows.free_slots:
+        self.pressure.recount()
+        room = self.free_or_evictable() + self.pressure.promised(self.tree)
+        if need > room or not self.rows.free_slots:
             self.tree.unlock(lock)
             return False
         if first:
@@ -216,8 +236,9 @@ class World:
             self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.int())
         req.extend_end = req.prefix_len + extend
         req.extend_batch_idx += 1
+        self.pressure.for_prefill(self.tree, need, [*self.running(), req])
         slots = self._alloc(extend)
-        assert slots is not None
+        assert slots is not None, "admission was promised more than packing wins"
         where = slice(req.prefix_len, req.extend_end)
         self.rows.write((req.kv.req_pool_idx, where), slots.int())
         req.kv.kv_allocated_len = req.kv.kv_committed_len = req.extend_end
@@ -237,6 +258,14 @@ class World:
         else:
             req.phase = Phase.IN_FLIGHT
         return True
+
+    def running(self) -> list[FakeReq]:
+        return [req for req in self.live if req.phase in (Phase.IN_FLIGHT, Phase.RUNNING)]
+
+    def press(self, need: int) -> None:
+        """Somebody needs so many slots; the forward that follows brings what was decided."""
+        self.pressure.for_prefill(self.tree, need, self.running())
+        self.pressure.launch()
 
     def _alloc(self, n: int) -> torch.Tensor | None:
         common.evict_from_tree_cache(self.tree, n)
@@ -268,6 +297,8 @@ class World:
 
     def decode(self, req: FakeReq) -> bool:
         """Launch one step; its slot is allocated, its token known only to the next `result`."""
+        self.pressure.for_decode(self.tree, 1, self.running())
+        self.pressure.launch()
         slots = self._alloc(1)
         if slots is None:
             return False
@@ -408,6 +439,8 @@ class World:
             for j, p in enumerate(between_positions(prompt).tolist()):
                 places[p] = gap_end + j
             lossy_from = prompt.length if record.reused else req.extend_end
+            if packs := state_of(req).packs:
+                lossy_from = len(req.origin_input_ids) + packs[0].packed_at - 1
             if record.stage is Stage.PREFILLED:
                 for p, slot in enumerate(record.originals.tolist()):
                     assert self._holds(slot, truth(tokens[: p + 1])), "lost before it is published"
@@ -452,6 +485,7 @@ def short_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HEAD = [1, 2, 3, 4]
 REUSE = {"reuse": "compressed"}
+PRESSURE = {"when": "pressure"}
 UNIFIED = {"ablation": {"audience": "all"}}
 TEXT = (Kind.PROMPT, Kind.GENERATED)
 
@@ -890,6 +924,7 @@ class Menu:
         *({"policy": "h2o"}, {"window": "visual-2", **REUSE}),
         *({"min_visual_mass": 0.3, **REUSE}, {"min_visual_mass": 0.999}),
         *(UNIFIED, {"policy": "h2o", **UNIFIED}),
+        *(PRESSURE, {"retention": 0.2, **PRESSURE}, {**PRESSURE, **REUSE}),
     )
 
 
@@ -902,10 +937,11 @@ class Scheduler(RuleBasedStateMachine):
     """Requests in any order: chunked, overlapping, retracted, aborted, declined; evictions."""
 
     disable = False
+    when = "prefill"
 
     @initialize(size=st.sampled_from([36, 60, 100]))
     def start(self, size: int) -> None:
-        self.world = World(size, disable=self.disable, rows=4)
+        self.world = World(size, disable=self.disable, rows=4, when=self.when)
         # What could be continued: conversation, pictures, configuration.
         self.past: list[tuple[list[int], Any, Any]] = []
 
@@ -1000,6 +1036,15 @@ class Scheduler(RuleBasedStateMachine):
         self.world.tree.evict(EvictParams(num_tokens=n))
         assert evictable - self.world.tree.evictable_size() >= min(n, evictable)
 
+    @rule(need=st.integers(1, 40))
+    def press(self, need: int) -> None:
+        world = self.world
+        free = world.free_or_evictable()
+        world.pressure.recount()
+        promised = world.pressure.promised(world.tree)
+        world.press(need)
+        assert world.free_or_evictable() >= min(need, free + promised)
+
     @precondition(lambda self: not any(req.kv.holds_kv for req in self.world.live))
     @rule()
     def flush(self) -> None:
@@ -1031,7 +1076,21 @@ class SchedulerWithoutTree(Scheduler):
     disable = True
 
 
-@pytest.mark.parametrize("machine", [Scheduler, SchedulerWithoutTree])
+class SchedulerUnderPressure(Scheduler):
+    when = "pressure"
+
+
+class SchedulerUnderPressureWithoutTree(SchedulerUnderPressure):
+    disable = True
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        *(Scheduler, SchedulerWithoutTree),
+        *(SchedulerUnderPressure, SchedulerUnderPressureWithoutTree),
+    ],
+)
 def test_slots_are_conserved_in_any_order(machine: type[Scheduler]) -> None:
     run_state_machine_as_test(
         machine,

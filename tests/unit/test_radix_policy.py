@@ -165,6 +165,12 @@ class World:
     def released(self, req: Request, record: CompressionRecord) -> None:
         self.counts["released"] += 1
 
+    def keeps_whole(self, req: Request) -> bool:
+        return False
+
+    def prefilled(self, req: Request) -> None:
+        self.counts["prefilled"] += 1
+
     def forget(self, req: Request) -> CompressionRecord | None:
         return self.records.pop(req.kv.req_pool_idx, None)
 
@@ -282,13 +288,13 @@ class World:
         assert not any(row[prompt.start + m : gap_end])
         for j, position in enumerate(between_positions(prompt).tolist()):
             assert self.label[row[gap_end + j]] == (None, req.prefix(position + 1))
-        exact_end = len(req.prompt) if not record.exact_tail else self.prefilled(req)
+        exact_end = len(req.prompt) if not record.exact_tail else self.prefill_end(req)
         exact_end = prompt.length if record.reused else exact_end
         for position in range(prompt.end, length):
             lossy = None if position < exact_end else variant
             assert self.label[row[position]] == (lossy, req.prefix(position + 1)), position
 
-    def prefilled(self, req: Request) -> int:
+    def prefill_end(self, req: Request) -> int:
         return req.prefill_end  # type: ignore[attr-defined, no-any-return]
 
     def check(self) -> None:

@@ -122,6 +122,7 @@ def test_the_schedule_stream_waits_for_the_pass(
 
     compressor = Compressor.__new__(Compressor)
     compressor.attention = runner.attn_backend.aircache
+    compressor.pressure = SimpleNamespace(launch=lambda: None)  # type: ignore[assignment]
     row = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))
     record = SimpleNamespace(budgets=None)
     compressor.records = {1: record} if compresses else {}  # type: ignore[dict-item]

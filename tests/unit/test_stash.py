@@ -18,6 +18,7 @@ from aircache_sglang.config import INSTRUCTION_LIMIT, AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState
 from aircache_sglang.engine.compressor import Compressor
 from aircache_sglang.engine.model import query_bytes
+from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.request import RequestState
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.decide import Intent
@@ -70,7 +71,7 @@ class Server:
             clear=lambda rows: None, req_to_token=torch.zeros(400, 1, dtype=torch.int32)
         )
         found.records, found.surplus, found._made_room = {}, {}, False
-        found.compress = self.run_pass
+        found.compress, found.pressure = self.run_pass, Pressure(nothing, {}, nothing)
         return found
 
     def request(self, row: int) -> Any:
@@ -117,7 +118,7 @@ class Server:
         )
 
     def step(self) -> None:
-        prefill.get_new_batch_prefill(self.schedule, self, None)
+        prefill.get_new_batch_prefill(self.schedule, self, SimpleNamespace(reqs=[]))
         if not self.batch:
             return
         for req, size in self.batch:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing when the pool is short: before admission gives up, and before a retraction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aircache_patches import process
+
+
+def available_and_evictable(original: Callable[..., int], budget: Any) -> int:
+    """AROUND PrefillBudget._available_and_evictable: what could be packed counts as available."""
+    return original(budget) + process.compressor().pressure.promised(budget.tree_cache)
+
+
+def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """AROUND Scheduler.update_running_batch: requests are packed before one is retracted.
+
+    None skips this decode step, as in SGLang where finishing requests are about to free slots.
+    """
+    pressure, tree = process.compressor().pressure, batch.tree_cache
+    if not pressure.is_far(tree, batch.new_tokens_required_next_decode()):
+        finishing = set(scheduler._reqs_finishing_inflight(batch))
+        members = [i for i, req in enumerate(batch.reqs) if req not in finishing]
+        running = [batch.reqs[i] for i in members]
+        need = batch.new_tokens_required_next_decode(members)
+        # SGLang itself waits for the slots of those that finish.
+        if not finishing and not pressure.for_decode(tree, need, running):
+            # What was decided must not wait for a forward: rows would name slots of others.
+            with scheduler.forward_stream_ctx:
+                scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+                pressure.launch()
+            return None
+    return original(scheduler, batch)
