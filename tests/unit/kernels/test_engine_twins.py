@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from aircache_sglang.config import Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
-from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.decide import Intent, rungs_of
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
@@ -140,6 +140,45 @@ def test_passes_agree(
         ours_, theirs_ = (getattr(s.inputs.table, name) for s in (torch_side, kernel_side))
         assert torch.equal(ours_, theirs_), name
     assert torch.equal(torch_side.inputs.table.req_to_token, kernel_side.inputs.table.req_to_token)
+
+
+PRESSURE = dataclasses.replace(SAME, when="pressure", rungs=(0.6, 0.3, 0.2))
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        (PRESSURE, PRESSURE, PRESSURE),
+        (PRESSURE, dataclasses.replace(PRESSURE, window="last-3"), PRESSURE),
+        (PRESSURE, dataclasses.replace(PRESSURE, policy="snapkv"), PRESSURE),
+    ],
+    ids=["one group", "groups", "peers"],
+)
+def test_ladders_agree(configs: tuple[AirCacheConfig, ...], device: torch.device) -> None:
+    """What is packed later is ranked alike, and ranking touches neither pool nor table."""
+    sides = [build(list(configs), device=device) for _ in range(2)]
+    fresh = build(list(configs), device=device)
+    for side, run in zip(sides, (TorchPass, KernelPass), strict=True):
+        for job in side.jobs:
+            intent = job.record.intent
+            rungs = rungs_of(intent.config, intent.prompt.n_visual)
+            job.record.intent = dataclasses.replace(intent, rungs=rungs)
+        run(side.inputs).rank(side.jobs)
+        assert torch.equal(side.inputs.k_all, fresh.inputs.k_all)
+        assert torch.equal(side.inputs.table.req_to_token, fresh.inputs.table.req_to_token)
+    for ours, theirs in zip(*(side.jobs for side in sides), strict=True):
+        mine, other = ours.record.ladder, theirs.record.ladder
+        assert mine is not None and other is not None
+        assert torch.equal(mine.budgets, other.budgets)
+        for rung in range(3):
+            # Scores that are equal but for rounding may change places within a layer.
+            parts = (
+                each.selected(rung).split(each.budgets[rung].tolist(), dim=1)
+                for each in (mine, other)
+            )
+            for left, right in zip(*parts, strict=True):
+                assert torch.equal(left.sort(dim=1).values, right.sort(dim=1).values)
+        torch.testing.assert_close(mine.reported[1], other.reported[1], rtol=0.0, atol=1e-6)
 
 
 class Work(TorchDispatchMode):
