@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.records import RESULTS, ROOT, Row, read
 from benchmarks.report import Cells, goal, header, median, milliseconds, setting, table
 
 PASS_SHARE, GAIN_SHARE, NEVER_SLOWER = 0.01, 0.9, 0.98
+MANY_ROUNDS = 20  # for an interval to mean something
 DOCUMENT = ROOT / "docs" / "performance.md"
 
 
@@ -305,6 +307,42 @@ def cells_of(line: Line | tuple[int, int, str], width: int) -> list[str]:
     ]
 
 
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The geometric mean of ratios, and its 95 % interval: each round is one independent ratio."""
+    logs = [math.log(value) for value in values]
+    mean = statistics.mean(logs)
+    error = statistics.stdev(logs) / math.sqrt(len(logs))
+    reach = statistics.NormalDist().inv_cdf(0.975) * error
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
+
+
+def retention_1_table(rows: list[Row]) -> Iterator[str]:
+    """What it costs to serve without compressing, where enough rounds were measured to say."""
+    cells, lines = Cells(rows, "serving"), []
+    for n in sorted(cells.values("visual_tokens")):
+        for batch in sorted(cells.values("batch")):
+            found = pairs(cells, batch, n)
+            if len(found) < MANY_ROUNDS or refusal(cells, batch, n) is not None:
+                continue
+            line = [f"{batch} x {n}", str(len(found))]
+            for name in ("token_cpu_seconds", "token_seconds"):
+                if any(row[name] is None for pair in found for row in pair):
+                    line.append("-")
+                    continue
+                mean, low, high = interval([ours[name] / stock[name] for stock, ours in found])
+                line.append(f"{mean:.4f} ({low:.4f}..{high:.4f})")
+            lines.append(line)
+    if not lines:
+        return
+    yield "## Retention 1 against stock\n"
+    yield (
+        "Retention 1 compresses nothing: what a decode step takes more than stock's is what this "
+        "project costs every step. Mean ratio of the rounds, with its 95 % interval, of the "
+        "scheduler's CPU time and of the time a token.\n"
+    )
+    yield table(["batch x visual tokens", "rounds", "CPU of a step", "time of a token"], lines)
+
+
 def goals(lines: list[Line], gate: dict[str, list[float]], base: str) -> Iterator[str]:
     """gate: the speeds of the requests with the gate, by name."""
     by_name = {line.name: line.speeds for line in lines if line.rows is not line.base} | gate
@@ -400,7 +438,7 @@ def report(path: Path) -> None:
     from benchmarks.throughput.capacity import capacity_table
 
     rows = read(path)
-    body = "\n".join([*tables(rows), *capacity_table(rows)])
+    body = "\n".join([*tables(rows), *retention_1_table(rows), *capacity_table(rows)])
     text = f"{header(path, rows)}\n{body}"
     path.with_suffix(".md").write_text(text)
     plot(path, rows)
