@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 import re
 import socket
@@ -396,16 +395,15 @@ def test_the_interval_of_many_rounds() -> None:
             rows.append(
                 {"key": Cell(retention, 1, 1024, round_).key()}
                 | row(Cell(retention, 1, 1024, round_))
-                | {"token_cpu_seconds": busy * factor, "token_seconds": busy / factor}
+                | {"batch_cpu_seconds": busy * factor, "token_seconds": busy / factor}
             )
-    ratios = [1.02, 1.0, 1.01, 0.99]
-    mean, low, high = interval(ratios)
-    assert low < mean < high and mean == pytest.approx(math.prod(ratios) ** 0.25)
+    # Ranks of a binomial, whatever the odd values are.
+    assert interval([*range(1, 100), 10**9]) == (50.5, 41, 61)
     text = "".join(retention_1_table(rows))
     found = re.search(r"\| 1 x 1024 \| 20 \| ([\d.]+) \(([\d.]+)\.\.([\d.]+)\)", text)
     assert found is not None, text
     centre, least, most = map(float, found.groups())
-    assert 1.008 < least < centre < most < 1.012
+    assert 1.005 <= least <= centre <= most <= 1.015
     assert not list(retention_1_table(rows[:-1]))
 
 
