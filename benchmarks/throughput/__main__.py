@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--visual", type=int, action="append", help="only this prompt length; may be repeated"
     )
+    top.add_argument(
+        "--retention", type=float, action="append", help="only this one; may be repeated"
+    )
     top.add_argument("--rounds", type=int, help="times each cell is measured (the preset says)")
     top.add_argument(
         "--file",
@@ -97,7 +100,12 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     from benchmarks.throughput.run import about, connect, sweep
 
     preset, load = PRESETS[arguments.preset], capacity.Load()
-    chosen = {"batches": arguments.batch, "visual": arguments.visual, "rounds": arguments.rounds}
+    chosen = {
+        "batches": arguments.batch,
+        "visual": arguments.visual,
+        "retentions": arguments.retention,
+        "rounds": arguments.rounds,
+    }
     preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
     # requests' errors are OSErrors; ServerError, and torch's want of memory, are RuntimeErrors.
     expected = (ValueError, OSError, RuntimeError, psutil.Error)

@@ -7,6 +7,7 @@ arrivals, every picture a new one. Ours is what watches the scheduler meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,7 +26,7 @@ from aircache_sglang.testing import Client, LoadWatch, ServerError
 from benchmarks.records import Results, Row, identity
 from benchmarks.report import Cells, goal, setting, table
 from benchmarks.throughput.plan import COMMON, INSTRUCTION_TOKENS, Cell, Preset
-from benchmarks.throughput.run import servers
+from benchmarks.throughput.run import Attempts, servers
 
 SETTINGS = (None, 0.5, 0.1)
 BURST = math.inf
@@ -193,6 +194,10 @@ def highest_rate(in_time: Callable[[float], bool], first: float) -> float | None
     return low
 
 
+class Unknown(Exception):
+    """A trial of the search for the highest rate failed."""
+
+
 def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, Client]) -> None:
     """For stock SGLang and each retention a burst, then the search for the rate, some 5 trials.
 
@@ -201,9 +206,9 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
     with servers(preset, clients) as running:
         cells = {r: Cell(r, 1, preset.picture_tokens, 0) for r in SETTINGS}
         asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
-        trials = itertools.count(1)
+        attempts, trials = Attempts(results, running), itertools.count(1)
 
-        def run(retention: float | None, rate: float) -> Row:
+        def run(retention: float | None, rate: float) -> Row | None:
             key = {
                 "benchmark": "capacity",
                 "retention": retention,
@@ -218,16 +223,23 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
 
             # A burst and about four rates for each.
             print(f"[{next(trials)} of about {5 * len(asked)}] ", end="", flush=True)
-            results.measure(key, measured)
+            if not attempts.measure(key, measured):
+                return None
             return next(row for row in results.rows if row["key"] == key)
 
         def in_time(retention: float | None, rate: float) -> bool:
-            return load.in_time(run(retention, rate))
+            row = run(retention, rate)
+            if row is None:
+                raise Unknown
+            return load.in_time(row)
 
         for retention in asked:
             run(retention, BURST)
         for retention in asked:
-            highest_rate(functools.partial(in_time, retention), load.rate)
+            # Without the answer to one rate it is not known which to try next.
+            with contextlib.suppress(Unknown):
+                highest_rate(functools.partial(in_time, retention), load.rate)
+        attempts.check()
 
 
 def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[str]:

@@ -98,6 +98,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     token_seconds: the median time between two tokens of a request while all decode.
     token_cpu_seconds: CPU time of the scheduler process a decode step, which other work on the
         machine disturbs less; only of a server of our own.
+    batch_cpu_seconds: the same of the whole batch, whenever its client heard of a token.
     kv_peak, kv_decode: the pool's count at its highest, and its median while all decode.
     outputs: of all requests, as a hash; request_outputs: of each.
     Raises ServerError if a request was not compressed as the cell says and the gate allows, and if
@@ -110,6 +111,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     arrivals: list[list[tuple[float, int]]] = [[] for _ in range(cell.batch)]
     last: list[dict[str, Any]] = [{} for _ in range(cell.batch)]
     cpu: list[float] = []
+    before = None if scheduler is None else cpu_seconds(scheduler)
     with LoadWatch(client) as watch:
         for chunk in client.stream("/generate", body):
             index = chunk.get("index", 0)
@@ -144,6 +146,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
         "decode_seconds": (end - start) * (preset.tokens - 1) / (count - first),
         "token_seconds": statistics.median(gaps),
         "token_cpu_seconds": (cpu[1] - cpu[0]) / (count - first) if any(cpu) else None,
+        "batch_cpu_seconds": None if before is None else cpu[-1] - before,
         "kv_peak": watch.most("num_used_tokens"),
         "kv_decode": statistics.median(in_use) if in_use else None,
         "columns": report["columns"] if report else None,

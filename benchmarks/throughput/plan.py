@@ -23,7 +23,7 @@ class Preset:
     model: arguments of `make_qwen2_vl`. flags, env: of both servers.
     retentions: of the compressing server, beside stock SGLang.
     tokens: of each answer. picture_tokens: visual tokens a picture.
-    rounds: how often each cell is measured, the variants taking turns (A B A B).
+    rounds: how often each cell is measured, the variants taking turns (A B B A).
     side_by_side: both servers run at once, so that the variants of a cell follow one another; else
         they take turns by the round.
     needs_gpu: its model is none for a CPU.
@@ -177,6 +177,8 @@ def plan_gate(preset: Preset) -> list[GateCell]:
     """Those of the lengths that the sweep has, the variants of a request one after another."""
     if 1 not in preset.batches or not preset.side_by_side:
         return []
+    if GATE_RETENTION not in preset.retentions:
+        return []
     return [
         GateCell(gate, n, tokens, round_)
         for n in preset.gate_visual
@@ -196,7 +198,8 @@ def plan(preset: Preset, *, stock: bool = True) -> list[Cell]:
             Cell(retention, batch, n, round_)
             for batch, n in sizes
             for round_ in range(preset.rounds)
-            for retention in settings
+            # There and back, so that nobody always comes first.
+            for retention in (settings if round_ % 2 == 0 else reversed(settings))
         ]
     return [
         Cell(retention, batch, n, round_)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from benchmarks.records import RESULTS, ROOT, Row, read
 from benchmarks.report import Cells, goal, header, median, milliseconds, setting, table
 
 PASS_SHARE, GAIN_SHARE, NEVER_SLOWER = 0.01, 0.9, 0.98
+MANY_ROUNDS = 20  # for an interval to mean something
 DOCUMENT = ROOT / "docs" / "performance.md"
 
 
@@ -305,6 +307,44 @@ def cells_of(line: Line | tuple[int, int, str], width: int) -> list[str]:
     ]
 
 
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The median, and the values of the ranks between which it lies with 95 % probability.
+
+    A busy machine makes some rounds odd, which a mean and its deviation would follow.
+    """
+    ordered, n = sorted(values), len(values)
+    reach = statistics.NormalDist().inv_cdf(0.975) * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    return statistics.median(ordered), ordered[low], ordered[high]
+
+
+def retention_1_table(rows: list[Row]) -> Iterator[str]:
+    """What it costs to serve without compressing, where enough rounds were measured to say."""
+    cells, lines = Cells(rows, "serving"), []
+    for n in sorted(cells.values("visual_tokens")):
+        for batch in sorted(cells.values("batch")):
+            found = pairs(cells, batch, n)
+            if len(found) < MANY_ROUNDS or refusal(cells, batch, n) is not None:
+                continue
+            line = [f"{batch} x {n}", str(len(found))]
+            for name in ("batch_cpu_seconds", "token_seconds"):
+                if any(row.get(name) is None for pair in found for row in pair):
+                    line.append("-")
+                    continue
+                middle, low, high = interval([ours[name] / stock[name] for stock, ours in found])
+                line.append(f"{middle:.3f} ({low:.3f}..{high:.3f})")
+            lines.append(line)
+    if not lines:
+        return
+    yield "## Retention 1 against stock\n"
+    yield (
+        "Retention 1 compresses nothing: what it takes more than stock is what this project costs "
+        "every request. Median ratio of the rounds, with its 95 % interval, of the scheduler's CPU "
+        "time for prefill and decode, and of the time a token.\n"
+    )
+    yield table(["batch x visual tokens", "rounds", "CPU", "time of a token"], lines)
+
+
 def goals(lines: list[Line], gate: dict[str, list[float]], base: str) -> Iterator[str]:
     """gate: the speeds of the requests with the gate, by name."""
     by_name = {line.name: line.speeds for line in lines if line.rows is not line.base} | gate
@@ -400,7 +440,7 @@ def report(path: Path) -> None:
     from benchmarks.throughput.capacity import capacity_table
 
     rows = read(path)
-    body = "\n".join([*tables(rows), *capacity_table(rows)])
+    body = "\n".join([*tables(rows), *retention_1_table(rows), *capacity_table(rows)])
     text = f"{header(path, rows)}\n{body}"
     path.with_suffix(".md").write_text(text)
     plot(path, rows)

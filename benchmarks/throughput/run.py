@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -135,6 +135,37 @@ def servers(preset: Preset, clients: Mapping[str, Client]) -> Iterator[Servers]:
                 raise
 
 
+class Attempts:
+    """Measurements that are tried twice: one odd cell does not end a run of many.
+
+    A server that has ended does, and so does whatever is not the server's own error.
+    """
+
+    def __init__(self, results: Results, running: Servers) -> None:
+        self._results, self._running = results, running
+        self._failed: list[str] = []
+
+    def measure(self, key: Row, run: Callable[[], Row]) -> bool:
+        """Whether the row is there now."""
+        for what in ("once more", "left out"):
+            try:
+                self._results.measure(key, run)
+                return True
+            except ServerError as error:
+                self._running.check_alive()
+                said = str(error).partition("\n")[0]
+                print(f"{what}: {said}", flush=True)
+        self._failed.append(said)
+        return False
+
+    def check(self) -> None:
+        """Raise ServerError if something failed twice."""
+        if self._failed:
+            raise ServerError(
+                f"{len(self._failed)} measurements failed twice; the first: {self._failed[0]}"
+            )
+
+
 def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> None:
     """Measure what `results` does not have yet; a cell that does not fit is named and left out."""
     stock = not clients or "none" in clients
@@ -144,6 +175,7 @@ def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> No
     if not clients:
         results.measure({"benchmark": "bandwidth"}, copy_bandwidth)
     with servers(preset, clients) as running:
+        attempts = Attempts(results, running)
         for place, planned in enumerate(cells, start=1):
             if results.has(planned.key()):
                 continue
@@ -159,7 +191,8 @@ def sweep(results: Results, preset: Preset, clients: Mapping[str, Client]) -> No
                 results.add(key, {})
                 continue
             print(f"[{place}/{len(cells)}] ", end="")
-            results.measure(planned.key(), functools.partial(measured, client, preset, planned))
+            attempts.measure(planned.key(), functools.partial(measured, client, preset, planned))
+        attempts.check()
 
 
 def measured(client: Client, preset: Preset, cell: Cell | GateCell) -> Row:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from aircache_sglang.testing import Server, ServerError
 from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from benchmarks.records import Results, read
-from benchmarks.throughput import run
+from benchmarks.throughput import capacity, run
 from benchmarks.throughput.__main__ import default_file, main, parser
 from benchmarks.throughput.bound import kv_bytes, read_config, weight_bytes
 from benchmarks.throughput.capacity import Load, capacity_table, highest_rate, seed_of
@@ -31,7 +33,15 @@ from benchmarks.throughput.plan import (
     plan_gate,
     pool_tokens,
 )
-from benchmarks.throughput.report import fill_in, report, tables
+from benchmarks.throughput.report import (
+    MANY_ROUNDS,
+    fill_in,
+    interval,
+    report,
+    retention_1_table,
+    tables,
+)
+from benchmarks.throughput.run import Attempts
 
 SMALL, TABLE3 = PRESETS["cpu-small"], PRESETS["table3"]
 
@@ -39,7 +49,8 @@ SMALL, TABLE3 = PRESETS["cpu-small"], PRESETS["table3"]
 def test_the_variants_of_a_cell_take_turns() -> None:
     cells = plan(SMALL)
     assert len(cells) == 9 * 4 * 3
-    assert [cell.retention for cell in cells[:12]] == [None, 1.0, 0.5, 0.1] * 3
+    there = [None, 1.0, 0.5, 0.1]
+    assert [cell.retention for cell in cells[:12]] == [*there, *reversed(there), *there]
     assert [cell.round for cell in cells[:12]] == [0] * 4 + [1] * 4 + [2] * 4
 
 
@@ -64,6 +75,7 @@ def test_the_gate_is_tried_on_single_requests_of_the_sweep() -> None:
     only = dataclasses.replace(SMALL, visual=(4096,))
     assert {cell.visual_tokens for cell in plan_gate(only)} == {4096}
     assert plan_gate(dataclasses.replace(SMALL, batches=(8,))) == [] == plan_gate(TABLE3)
+    assert plan_gate(dataclasses.replace(SMALL, retentions=(1.0,))) == []
 
 
 def test_what_fits() -> None:
@@ -300,20 +312,103 @@ def test_a_warm_up_measures_nothing() -> None:
     ]
 
 
+class Running:
+    """In place of `Servers`: a server for all cells that never ends."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def of(self, _: Cell) -> FakeServer:
+        return FakeServer(0)
+
+    def check_alive(self) -> None: ...
+
+
+def test_an_odd_cell_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again; one that fails twice is left out, and said at the end."""
+    tries: dict[Cell, int] = {}
+
+    def odd(client: Any, preset: Any, cell: Cell) -> dict[str, Any]:
+        tries[cell] = tries.get(cell, 0) + 1
+        if cell.retention == 0.5 or (cell.retention == 1.0 and tries[cell] == 1):
+            raise ServerError("97 tokens are too few for a batch to decode together")
+        return row(cell)
+
+    monkeypatch.setattr(run, "servers", Running)
+    monkeypatch.setattr(run, "run_cell", odd)
+    small = dataclasses.replace(SMALL, batches=(1,), visual=(1024,), gate_visual=(), rounds=1)
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ServerError, match=r"^1 measurements failed twice; the first: 97 tokens"):
+        run.sweep(Results(path), small, {"none": None, "aircache": None})  # type: ignore[dict-item]
+    found = [r["key"]["retention"] for r in read(path) if r["key"]["benchmark"] == "serving"]
+    assert found == [None, 1.0, 0.1]
+    assert sorted(tries.values()) == [1, 1, 2, 2]
+
+
+def test_a_server_that_ended_ends_the_run(tmp_path: Path) -> None:
+    class Ended(Running):
+        def check_alive(self) -> None:
+            raise ServerError("the server of none has ended")
+
+    attempts = Attempts(Results(tmp_path / "rows.jsonl"), Ended())  # type: ignore[arg-type]
+
+    def fails() -> dict[str, Any]:
+        raise ServerError("HTTP 500")
+
+    with pytest.raises(ServerError, match="has ended"):
+        attempts.measure({"benchmark": "serving"}, fails)
+
+
+def test_a_trial_that_fails_ends_its_own_search_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(
+        client: Any, load: Load, model: str, retention: float | None, rate: float, _: int
+    ) -> Any:
+        if retention == 0.5:
+            raise ServerError("19 of 20 requests were answered")
+        late = 99.0 if rate > 1 else 1.0
+        return {"p99_ttft_seconds": late, "p99_tpot_seconds": 0.1}
+
+    monkeypatch.setattr(capacity, "servers", Running)
+    monkeypatch.setattr(capacity, "trial", odd)
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ServerError, match=r"^2 measurements failed twice"):
+        capacity.measure(Results(path), capacity.PRESET, Load(), {})
+    tried: dict[Any, int] = {}
+    for found in read(path):
+        tried[found["key"]["retention"]] = tried.get(found["key"]["retention"], 0) + 1
+    assert tried.keys() == {None, 0.1} and min(tried.values()) > 4
+
+
+def test_the_interval_of_many_rounds() -> None:
+    """Round by round, so that what slows both cancels; nothing is said of few rounds."""
+    draw = random.Random(3)
+    rows = []
+    for round_ in range(MANY_ROUNDS):
+        busy = draw.uniform(1, 3)
+        for retention, factor in ((None, 1.0), (1.0, 1.01 * draw.uniform(0.995, 1.005))):
+            rows.append(
+                {"key": Cell(retention, 1, 1024, round_).key()}
+                | row(Cell(retention, 1, 1024, round_))
+                | {"batch_cpu_seconds": busy * factor, "token_seconds": busy / factor}
+            )
+    # Ranks of a binomial, whatever the odd values are.
+    assert interval([*range(1, 100), 10**9]) == (50.5, 41, 61)
+    text = "".join(retention_1_table(rows))
+    found = re.search(r"\| 1 x 1024 \| 20 \| ([\d.]+) \(([\d.]+)\.\.([\d.]+)\)", text)
+    assert found is not None, text
+    centre, least, most = map(float, found.groups())
+    assert 1.005 <= least <= centre <= most <= 1.015
+    assert not list(retention_1_table(rows[:-1]))
+
+
 def test_a_cell_left_out_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until some run can hold it; the others are measured."""
-
-    class Running:
-        def __init__(self, *_: object) -> None: ...
-
-        def __enter__(self) -> Running:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def of(self, _: Cell) -> FakeServer:
-            return FakeServer(0)
-
     monkeypatch.setattr(run, "servers", Running)
     monkeypatch.setattr(run, "run_cell", lambda client, preset, cell: row(cell))
     path = tmp_path / "rows.jsonl"

@@ -144,7 +144,8 @@ def pass_kernels(shape: Shape, dtype: torch.dtype, kv_dtype: torch.dtype, elite:
         dtype=dtype, kv_dtype=kv_dtype, device=device,
     )  # fmt: skip
     importance = score(
-        *case.inputs(), max_qo_len=n_text, max_kv_len=most, sm_scale=1.0, elite=elite
+        case.q, case.qo_indptr, case.k_all, case.text_indices.int(), case.kv_indptr,
+        case.kv_indices, max_qo_len=n_text, max_kv_len=most, sm_scale=1.0, elite=elite,
     )  # fmt: skip
     statistics = importance_statistics(importance, case.kv_indptr, max_kv_len=most)
     columns = torch.ones(1, dtype=torch.int32)
