@@ -22,9 +22,13 @@ pytestmark = [
 ]
 
 
+POOL = 400
+
+
 @pytest.fixture(scope="module")
 def triton_server(checkpoint: Path) -> Iterator[Server]:
     flags = [*COMPRESSING_FLAGS, "--attention-backend", "triton", "--skip-server-warmup"]
+    flags += ["--max-total-tokens", str(POOL)]
     env = {**STRICT_MEMORY_CHECKS, "TRITON_INTERPRET": "1"}
     with Server(checkpoint, flags, env=env) as server:
         yield server
@@ -53,3 +57,20 @@ def test_kernels_serve_compressed_and_plain_requests(triton_server: Server, orac
 def test_kernels_extend_a_replica(triton_server: Server, oracle: Oracle) -> None:
     """The second turn of a chat: extend attention over packed cells, then decode."""
     compressed_chat(triton_server, oracle, user_prompt(picture(1, 8, 9), "what is this?"), 2)
+
+
+def test_kernels_read_what_pressure_packs(triton_server: Server, oracle: Oracle) -> None:
+    """More pictures than the pool holds whole: some are packed while they decode."""
+    triton_server.flush_cache()
+    prompts = [user_prompt(picture(10 + i, 8, 9), "what is this?") for i in range(5)]
+    asked = {"when": "pressure", "retention": 0.2, "return_selection": True}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        lengths = [8, 10, 12, 8, 8]
+        pairs = zip(prompts, lengths, strict=True)
+        answers = list(
+            pool.map(lambda p: ask(triton_server, p[0], asked, max_new_tokens=p[1]), pairs)
+        )
+    packs = [answer["meta_info"]["aircache"].get("packs") for answer in answers]
+    assert any(packs), "this test needs a smaller pool"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_agrees(oracle, prompt, answer)
