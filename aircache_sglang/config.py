@@ -203,6 +203,8 @@ class AirCacheConfig:
     when: pack at the end of the `prefill`, or under `pressure`, when the pool needs the slots.
     rungs: shares that a request is packed to one after the other under pressure; the last one is
         `retention`, which alone is the default (server only).
+    session_columns: the most columns of one conversation, whose older pictures give way to new
+        ones; None for no bound.
     pin_text: share of the KV pool up to which cached text outlasts visual KV (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
@@ -220,6 +222,7 @@ class AirCacheConfig:
     gate: str = "auto"
     when: str = "prefill"
     rungs: tuple[float, ...] = ()
+    session_columns: int | None = None
     pin_text: float = 0.5
     ablation: Ablation = Ablation()
     return_selection: bool = False
@@ -251,6 +254,9 @@ class AirCacheConfig:
             gate=_check_choice(name("gate"), self.gate, GATE_MODES),
             when=_check_choice(name("when"), self.when, WHEN_MODES),
             rungs=_check_rungs(name("rungs"), self.rungs),
+            session_columns=None
+            if self.session_columns is None
+            else _check_count(name("session_columns"), self.session_columns),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
@@ -259,7 +265,30 @@ class AirCacheConfig:
             config._check_unified(name)
         if config.when == "pressure":
             config._check_pressure(name)
+        if config.session_columns is not None and config.policy != "none":
+            config._check_session(name)
         return config
+
+    def _check_session(self, name: Callable[[str], str]) -> None:
+        """Refuse what a bounded conversation cannot do, and a bound that holds no picture."""
+        flag = name("session_columns")
+        for field, good, wanted in (
+            ("reuse", self.reuse == "compressed", "compressed"),
+            ("when", self.when == "prefill", "prefill"),
+            ("policy", self.policy == "aircache", "aircache"),
+            ("window", not self._window_of("visual"), "elite, all or last-N"),
+            ("min_visual_mass", self.min_visual_mass is None, "unset"),
+            ("ablation", self.ablation == Ablation(), "unset"),
+        ):
+            if not good:
+                raise ValueError(f"{flag} needs {name(field)} {wanted}")
+        least = max(1, round(self.retention * self.min_visual_tokens))
+        if self.session_columns is not None and self.session_columns < least:
+            raise ValueError(
+                f"{flag} must hold one picture on its smallest rung, that is {least} columns for "
+                f"{self.min_visual_tokens} visual tokens at {self.retention}, "
+                f"got {self.session_columns}"
+            )
 
     def _check_pressure(self, name: Callable[[str], str]) -> None:
         """Refuse what only the end of the prefill can do: packed later, cells are copied alone."""
@@ -313,6 +342,7 @@ class AirCacheConfig:
             gate=args.aircache_gate,
             when=args.aircache_when,
             rungs=_check_rungs("--aircache-rungs", args.aircache_rungs),
+            session_columns=args.aircache_session_columns,
             pin_text=args.aircache_pin_text,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         )
@@ -330,7 +360,7 @@ class AirCacheConfig:
                 f"--aircache-rungs ends at {self.rungs[-1]} and --aircache-retention is "
                 f"{self.retention}; drop the latter"
             )
-        if self.reuse == "compressed" and len(self.rungs) > 1:
+        if self.reuse == "compressed" and len(self.rungs) > 1 and self.session_columns is None:
             raise ValueError(
                 "--aircache-rungs with more than one rung does not go with --aircache-reuse "
                 "compressed, whose replicas are packed once"
@@ -344,6 +374,10 @@ class AirCacheConfig:
         """
         if self.when == "prefill" or self.reuse == "compressed":
             return (self.retention,)
+        return self.session_rungs()
+
+    def session_rungs(self) -> tuple[float, ...]:
+        """The shares that pictures of a bounded conversation go through, at last `retention`."""
         return (*(rung for rung in self.rungs if rung > self.retention), self.retention)
 
     def with_overrides(self, custom_params: Any) -> AirCacheConfig:
@@ -395,7 +429,7 @@ class AirCacheConfig:
         size = self.retention if self.min_visual_mass is None else ("mass", self.min_visual_mass)
         return (
             *(self.policy, size, self.alpha, self.budget, self.window, self.elite),
-            self.ablation,
+            *(self.ablation, self.session_columns),
         )
 
     def scoring_window(self) -> tuple[int, float]:

@@ -123,6 +123,7 @@ class AttentionState:
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
         """A layer where all requests extend a replica; q: [tokens, H_q * D], returns the same."""
+        self.stash(q, layer)
         self.write(k, v, layer, forward_batch, save_kv_cache)
         out = q.new_empty(len(q), layer.tp_q_head_num * layer.v_head_dim)
         self.extend(q, out, layer)

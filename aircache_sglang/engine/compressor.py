@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.gate import CPU
 from aircache_sglang.runtime.record import CompressionRecord, Stage
+from aircache_sglang.runtime.session import Chain, chain, originals_of, pack_chain
 from aircache_sglang.runtime.spans import Chunk
 from aircache_sglang.runtime.stash import (
     QUERY_ROWS,
@@ -74,7 +76,7 @@ class Compressor:
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
         heads.check_same((config, decode, pool.size))
-        inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
+        self.inputs = inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self._has_tree = not model_runner.server_args.disable_radix_cache
         self.costs = CPU
         self.compress: CompressionPass
@@ -151,13 +153,23 @@ class Compressor:
         """Slots that admission must hold back for the columns if this extend ends the prefill."""
         intent = self.intent(req)
         total = len(req.full_untruncated_fill_ids)
-        if (
-            intent is None
-            or extends_replica(req)
-            or (extend_input_len is not None and req.prefix_len + extend_input_len < total)
+        if intent is None or (
+            extend_input_len is not None and req.prefix_len + extend_input_len < total
         ):
             return 0
-        return intent.n_extra
+        if self.is_chained(req):
+            return self._chain(req, intent).total + intent.n_copies
+        return 0 if extends_replica(req) else intent.n_extra
+
+    def is_chained(self, req: Any) -> bool:
+        """Whether a request brings pictures behind the replica that it extends."""
+        intent = self.intent(req)
+        if intent is None or not extends_replica(req):
+            return False
+        return bool(req.last_node.replica.content.intent.prompt.end < intent.prompt.end)
+
+    def _chain(self, req: Any, intent: Intent) -> Chain:
+        return chain(req.last_node.replica.content, intent)
 
     def begin_batch(self, chunked: Any, running: Sequence[Any]) -> None:
         """A prefill batch is put together.
@@ -181,7 +193,9 @@ class Compressor:
 
     def _query_rows(self, req: Any) -> int:
         intent = self.intent(req)
-        return 0 if intent is None or extends_replica(req) else query_rows(intent)
+        if intent is None or (extends_replica(req) and not self.is_chained(req)):
+            return 0
+        return query_rows(intent)
 
     def make_room(self, batch: Any) -> None:
         """Have the slots that admission has promised to a prefill batch."""
@@ -204,8 +218,10 @@ class Compressor:
                     assert intent is not None, "a replica was matched for an uncompressed request"
                     record = CompressionRecord.of_replica(replica.content, row, own=intent)
                     self.records[row] = record
-                    state_of(req).report = record.report()
-                continue
+                    if not self.is_chained(req):
+                        state_of(req).report = record.report()
+                if not self.is_chained(req) or req.extend_end < len(req.full_untruncated_fill_ids):
+                    continue
             if intent is None or req.extend_end < len(req.full_untruncated_fill_ids):
                 continue
             if intent.rungs:
@@ -217,21 +233,33 @@ class Compressor:
                     extra=originals.new_empty(0, dtype=torch.int64),
                 )
                 continue
+            link = self._chain(req, intent) if replica is not None else None
+            if link is not None:
+                intent = dataclasses.replace(intent, columns=link.total)
             evict_from_tree_cache(batch.tree_cache, intent.n_extra)
             extra = batch.tree_cache.token_to_kv_pool_allocator.alloc(intent.n_extra)
             if extra is None:
                 self.decline(req, Reason.NO_FREE_SLOTS)
                 continue
-            assert row not in self.records, f"row {row} is still compressed"
-            originals = self.table.req_to_token[row, : intent.prompt.end]
-            self.records[row] = CompressionRecord(
+            record = CompressionRecord(
                 intent=intent,
                 row=row,
-                originals=originals.to(torch.int64, copy=True),
+                originals=self._originals(row, intent, link),
                 # A view would keep the allocator's whole list of free slots alive.
                 extra=extra.to(torch.int64, copy=True),
                 exact_tail=len(req.full_untruncated_fill_ids) > intent.prompt.length,
             )
+            if link is None:
+                assert row not in self.records, f"row {row} is still compressed"
+                self.records[row] = record
+            else:
+                state_of(req).next_turn = (record, link)
+
+    def _originals(self, row: int, intent: Intent, link: Chain | None) -> torch.Tensor:
+        entries = self.table.req_to_token[row]
+        if link is not None:
+            return originals_of(link.base, intent, entries)
+        return entries[: intent.prompt.end].to(torch.int64, copy=True)
 
     # One forward, on the forward stream
 
@@ -274,7 +302,7 @@ class Compressor:
             if record is not None and record.reused:
                 self._enter_replica(record, chunk)
                 extends.append(ExtendJob(record, chunk.start, chunk.end, chunk.rows))
-            elif intent is not None and req.last_node.replica is None:
+            if intent is not None and (req.last_node.replica is None or self.is_chained(req)):
                 state = state_of(req)
                 if state.stash is None:
                     state.stash = PrefillStash(intent)
@@ -286,7 +314,10 @@ class Compressor:
             sums=sums,
             extends=extends,
             extends_all=len(extends) == len(batch.reqs),
-            packs=any(self._unpacked(req) or self._unranked(req) for req in batch.reqs),
+            packs=any(
+                self._unpacked(req) or self._unranked(req) or state_of(req).next_turn
+                for req in batch.reqs
+            ),
         )
 
     def _unpacked(self, req: Any) -> CompressionRecord | None:
@@ -315,7 +346,13 @@ class Compressor:
         for req in reqs:
             state, packed = state_of(req), self._unpacked(req)
             record = packed or self._unranked(req)
-            if record is not None:
+            if state.next_turn is not None:
+                assert state.stash is not None, "a turn was chained without its queries"
+                record, link = state.next_turn
+                pack_chain(self.inputs, state.stash.job(record), link)
+                self.records[record.row] = record
+                state.stash = state.next_turn = None
+            elif record is not None:
                 assert state.stash is not None, "a record was opened without a prefill"
                 job, state.stash = state.stash.job(record), None
                 if packed is None:

@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from aircache_sglang.engine.request import bare_spans_of
-from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree
+from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree, limited_key
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.table import gap_end
@@ -39,6 +39,9 @@ class Requests(Protocol):
 
     def released(self, req: Any, record: CompressionRecord) -> None:
         """The visual slots of a compressed request have been given back."""
+
+    def is_chained(self, req: Any) -> bool:
+        """Whether a request brings pictures behind the replica that it extends."""
 
     def keeps_whole(self, req: Any) -> bool:
         """Whether a request was not packed when its prefill ended, and has not been since."""
@@ -75,6 +78,15 @@ class AirCacheRadixCache(SpanTree):
                 prompt.end,
                 with_selection=intent.config.return_selection,
             )
+            if found is None and intent.config.session_columns is not None:
+                # The turn before, behind which this one brings further pictures.
+                found = self.match_packed(
+                    limited_key(key, intent.match_limit),
+                    prompt.start,
+                    intent.config.variant(),
+                    prompt.spans[0][1],
+                    with_selection=intent.config.return_selection,
+                )
             if found is not None:
                 return found
         limited = RadixKey(
@@ -93,6 +105,8 @@ class AirCacheRadixCache(SpanTree):
         if record is not None and record.stage is Stage.PREFILLED:
             if self.disable:
                 self._free_visual(record)
+            elif self.requests.is_chained(req):
+                self._publish_chain(req, record)
             elif record.intent.reuses:
                 self._publish_replica(req, record)
             else:
@@ -103,6 +117,10 @@ class AirCacheRadixCache(SpanTree):
             return
         replica = req.last_node.replica
         if replica is not None:
+            intent = self.requests.intent(req)
+            if intent is not None and self.requests.is_chained(req):
+                # The instruction will be the next replica's.
+                up_to = min(up_to, intent.published)
             if record is None or not record.exact_tail:
                 self._publish(req, up_to, below=replica)
         elif record is None:
@@ -190,7 +208,25 @@ class AirCacheRadixCache(SpanTree):
         assert length == prompt.start, "the head was just inserted"
         start = min(kv.cache_protected_len, prompt.start)
         self._repoint(kv, self.path_device_indices(head), [(start, prompt.start)])
-        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        node = self._add_replica(req, record, head)
+        if node is not None:
+            self.mark_spare(exact, node)
+
+    def _publish_chain(self, req: Any, record: CompressionRecord) -> None:
+        """Give the tree the columns, texts and instruction of a conversation with new pictures.
+
+        Nothing of them is exact: they were computed beside the older pictures' columns, and are
+        given back but for what an earlier chunk has published below the older replica.
+        """
+        replica = req.last_node.replica
+        own = record.originals[req.kv.cache_protected_len :]
+        self.token_to_kv_pool_allocator.free(own)
+        self._add_replica(req, record, replica.parent)
+
+    def _add_replica(self, req: Any, record: CompressionRecord, head: Node) -> Node | None:
+        """Hang what a request has packed below `head`, and hold it there; None if it is there."""
+        prompt = record.intent.prompt
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         replica = record.replica(row[prompt.end : prompt.length].to(torch.int64))
         node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
         if node is None:
@@ -198,8 +234,8 @@ class AirCacheRadixCache(SpanTree):
             self._hold(req, head, prompt.start, text_only=False)
         else:
             record.release(shared=True)
-            self.mark_spare(exact, node)
             self._hold(req, node, prompt.length, text_only=False)
+        return node
 
     def _free_visual(self, record: CompressionRecord) -> None:
         """Without a tree: give the visual slots back, and all that was copied."""

@@ -11,6 +11,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from aircache_sglang.runtime.decide import Asked, Intent, Reason
 from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.session import Chain
 from aircache_sglang.runtime.spans import bare_spans
 from aircache_sglang.runtime.stash import PrefillStash
 
@@ -23,6 +24,8 @@ class RequestState:
         since an abort replaces the prompt by a stub (set_finish_with_abort).
     stash: what its prefill has left so far.
     whole: the record of a picture that may be packed later.
+    next_turn: the record of a conversation with new pictures, and what becomes of the older ones,
+        until the forward that ends its prefill.
     packs: the records of the rungs to which it has been packed since, in order.
     report, reason: for the answer, once known.
     bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
@@ -32,6 +35,7 @@ class RequestState:
     intent: Intent | None = None
     stash: PrefillStash | None = None
     whole: CompressionRecord | None = None
+    next_turn: tuple[CompressionRecord, Chain] | None = None
     packs: list[CompressionRecord] = dataclasses.field(default_factory=list)
     report: dict[str, Any] | None = None
     reason: Reason | None = None
@@ -44,7 +48,7 @@ class RequestState:
 
     def restart(self) -> None:
         """Forget what belongs to one life of a request; a retracted one decides anew."""
-        self.decided_for = self.intent = self.stash = self.whole = None
+        self.decided_for = self.intent = self.stash = self.whole = self.next_turn = None
         self.packs = []
 
     def unsent(self, name: str) -> list[Any]:

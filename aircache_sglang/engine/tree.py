@@ -218,7 +218,7 @@ class SpanTree(RadixCache):
         """
         if self.disable or start >= len(key):
             return None
-        head, length = self._follow(self.root_node, _limited(key, start), 0)
+        head, length = self._follow(self.root_node, limited_key(key, start), 0)
         if length < start:
             return None
         best, furthest = None, (0, 0)
@@ -634,7 +634,7 @@ def _segment(key: RadixKey, offset: int, prompt_len: int) -> tuple[Kind, int]:
     return (Kind.GENERATED if generated else Kind.PROMPT), end
 
 
-def _limited(key: RadixKey, limit: int) -> RadixKey:
+def limited_key(key: RadixKey, limit: int) -> RadixKey:
     """The first `limit` tokens of a key, without a copy."""
     return RadixKey(
         key.token_ids,

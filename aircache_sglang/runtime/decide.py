@@ -234,6 +234,10 @@ def decide(
     m = columns(retention, prompt.n_visual)
     if m >= prompt.n_visual:
         return Reason.KEEPS_ALL
+    if config.session_columns is not None:
+        retention = config.session_rungs()[0]
+        m = columns(retention, prompt.n_visual)
+        m = min(m, config.session_columns, prompt.n_visual - 1)
     if asked.max_new_tokens <= 1:
         return Reason.NO_DECODE
     if not asked.supported:
@@ -242,6 +246,7 @@ def decide(
         *(config, prompt, m),
         salt=zlib.crc32(array("q", asked.input_ids).tobytes()),
         rungs=rungs_of(config, prompt.n_visual) if config.when == "pressure" else (),
+        retention=retention if config.session_columns is not None else None,
     )
     # A request that only fits an empty pool without its columns would wait for ever.
     if prompt.length + asked.reserved + intent.n_extra >= room:

@@ -16,6 +16,20 @@ from aircache_sglang.runtime.table import gap_entries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """The pictures of one turn of a bounded conversation (runtime/session.py).
+
+    n_visual: their tokens. rung: how far down they are. columns: m, what they keep.
+    budgets: integers [L] on the host, sum L * m, in a layer behind those of older segments.
+    """
+
+    n_visual: int
+    rung: int
+    columns: int
+    budgets: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replica:
     """A compressed visual region and the instruction that it was scored with, in the radix tree.
 
@@ -24,6 +38,7 @@ class Replica:
         from `prompt.end` to `prompt.length`.
     budgets, mass, selected: of the record that packed it; `selected` only if that request asked
         for it.
+    segments: the turns whose pictures it holds, the oldest first.
     """
 
     variant: tuple[Hashable, ...]
@@ -32,6 +47,7 @@ class Replica:
     budgets: torch.Tensor
     mass: torch.Tensor | None
     selected: torch.Tensor | None
+    segments: tuple[Segment, ...]
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The entries [prompt.start, prompt.length) of a row that extends this replica."""
@@ -72,6 +88,7 @@ class CompressionRecord:
     ladder: what packing it to further rungs needs; None where it is packed once.
     rung: which of its rungs it is packed to. packed_at: index of the first answer token that was
         decoded so.
+    segments: of a conversation whose older turns brought pictures too.
     cell_rows: absolute rows of the packed cells, one int64 [n_l] a layer; for attention in torch.
     """
 
@@ -92,6 +109,7 @@ class CompressionRecord:
     ladder: Ladder | None = None
     rung: int = 0
     packed_at: int = 1
+    segments: tuple[Segment, ...] = ()
     cell_rows: list[torch.Tensor] | None = None
 
     @classmethod
@@ -107,6 +125,7 @@ class CompressionRecord:
             reused=True,
             budgets=replica.budgets,
             mass=replica.mass,
+            segments=replica.segments if len(replica.segments) > 1 else (),
             selected=replica.selected if own.config.return_selection else None,
         )
 
@@ -144,7 +163,11 @@ class CompressionRecord:
         assert self.budgets is not None, "a replica of a request whose pass has not run"
         slots = torch.cat([self.extra, text])
         variant = self.intent.config.variant()
-        return Replica(variant, self.intent, slots, self.budgets, self.mass, self.selected)
+        prompt, m = self.intent.prompt, self.intent.columns
+        segments = self.segments or (Segment(prompt.n_visual, 0, m, self.budgets),)
+        return Replica(
+            *(variant, self.intent, slots, self.budgets, self.mass, self.selected, segments)
+        )
 
     def at(
         self, rung: int, *, originals: torch.Tensor, extra: torch.Tensor, packed_at: int
@@ -202,6 +225,11 @@ class CompressionRecord:
             "rung": self.rung,
             "packed_at": self.packed_at,
         }
+        if self.segments:
+            info["session"] = [
+                {"visual_tokens": segment.n_visual, "columns": segment.columns}
+                for segment in self.segments
+            ]
         if self.selected is not None:
             info["selection"] = [
                 heads.sort(dim=-1).values.tolist()

@@ -105,6 +105,12 @@ class AirCacheServerArgs(ServerArgs):
         "the last is the retention, in place of --aircache-retention.",
         NS("memory"),
     ] = ""
+    aircache_session_columns: A[
+        int | None,
+        "The most columns of one conversation: with each new picture the older ones keep less, at "
+        "last nothing but their text. Needs --aircache-reuse compressed.",
+        NS("memory"),
+    ] = None
     aircache_pin_text: A[
         float,
         "Share of the KV pool up to which cached text outlasts visual KV, 0 <= SHARE <= 1.",

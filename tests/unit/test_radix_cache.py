@@ -131,6 +131,11 @@ class FakeReq:
         self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
 
 
+def in_conversation(replica: Node | None) -> bool:
+    """Whether a replica holds the pictures of several turns, whose texts saw different columns."""
+    return replica is not None and replica.content is not None and len(replica.content.segments) > 1
+
+
 def report(req: FakeReq) -> dict[str, Any]:
     """What the answer will say of a compressed request."""
     found = state_of(req).report
@@ -177,7 +182,7 @@ class World:
             one_rank,  # type: ignore[arg-type]
             1.0,
         )
-        compressor.compress = TorchPass(cells)
+        compressor.compress, compressor.inputs = TorchPass(cells), cells
         compressor._running, compressor._has_tree = (), not disable
         self.pressure = Pressure(cells, compressor.records, compressor.metrics)
         compressor.pressure = self.pressure
@@ -196,6 +201,8 @@ class World:
             pin_text,
             compressor.metrics,
         )
+        # Visual KV that was computed beside columns.
+        self.beside: list[float] = []
         self.live: list[FakeReq] = []
         self.numbers = itertools.count()
 
@@ -284,7 +291,10 @@ class World:
         beside = record.intent if record is not None and record.reused else None
         for position in range(req.prefix_len, req.extend_end):
             tokens = tuple(req.ids[: position + 1])
-            self._write(int(row[position]), lossy(beside, tokens) if beside else truth(tokens))
+            value = lossy(beside, tokens) if beside else truth(tokens)
+            self._write(int(row[position]), value)
+            if beside and tokens[-1] >= PAD:
+                self.beside.append(value)
         for sums in work.sums:
             for layer in range(LAYERS):
                 q = torch.ones((extend, Q_HEADS, DIM))[sums.source]
@@ -415,6 +425,8 @@ class World:
         elif node.replica is not None:
             assert node.replica.content is not None
             beside = node.replica.content.intent
+        if in_conversation(node.replica):
+            return
         for position, slot in zip(positions, slots, strict=True):
             prefix = tokens[: position + 1]
             value = truth(prefix) if beside is None else lossy(beside, prefix)
@@ -423,6 +435,7 @@ class World:
     def _check_row(self, req: FakeReq) -> None:
         row = self.rows.req_to_token[req.kv.req_pool_idx].tolist()
         record = self.compressor.records.get(req.kv.req_pool_idx)
+        turns = in_conversation(req.last_node.replica) or (record is not None and record.segments)
         tokens = (*req.ids, 999, 999)
         places = {p: p for p in range(req.kv.kv_allocated_len)}
         lossy_from = len(tokens)
@@ -442,9 +455,9 @@ class World:
             if packs := state_of(req).packs:
                 lossy_from = len(req.origin_input_ids) + packs[0].packed_at - 1
             if record.stage is Stage.PREFILLED:
-                for p, slot in enumerate(record.originals.tolist()):
+                for p, slot in enumerate(record.originals.tolist() if not turns else []):
                     assert self._holds(slot, truth(tokens[: p + 1])), "lost before it is published"
-        for position, place in places.items():
+        for position, place in places.items() if not turns else ():
             prefix = tokens[: position + 1]
             exact = record is None or position < lossy_from
             value = truth(prefix) if exact else lossy(record.intent, prefix)
@@ -454,7 +467,9 @@ class World:
         self, prompt: VisualPrompt, columns: list[int], tokens: tuple[int, ...]
     ) -> None:
         """Packed cells are cells of the request's own pictures, whoever owns those now."""
+        # Those of a later turn were computed beside the columns of the one before.
         visual = [truth(tokens[: p + 1]) for p in prompt.visual_positions().tolist()]
+        visual += self.beside
         cells = self.pool.k_all[:, columns]
         assert torch.isin(cells, torch.tensor(visual)).all(), "a column was overwritten"
 
@@ -486,6 +501,7 @@ def short_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 HEAD = [1, 2, 3, 4]
 REUSE = {"reuse": "compressed"}
 PRESSURE = {"when": "pressure"}
+SESSION = {"reuse": "compressed", "when": "prefill", "session_columns": 6}
 UNIFIED = {"ablation": {"audience": "all"}}
 TEXT = (Kind.PROMPT, Kind.GENERATED)
 
@@ -911,6 +927,44 @@ def test_a_pool_that_can_never_hold_the_columns_leaves_the_request_alone() -> No
         world.check()
 
 
+@pytest.mark.parametrize("chunk", [100, 2])
+def test_a_conversation_never_holds_more_columns_than_its_bound(chunk: int) -> None:
+    world = World(200)
+    ids, spans = pictures((10, 1))
+    config = {**SESSION, "session_columns": 9}
+    first = world.run(world.submit([*ids, 7, 8], spans, config), steps=2)
+    assert report(first)["columns"] == 8, "the first rung of 0.8"
+    turn = first.ids
+    world.finish(first)
+    seen = []
+    for picture in range(2, 7):
+        spans = [*spans, (len(turn), len(turn) + 5)]
+        ids = [*turn, *[PAD + picture] * 5, 7, 8, 9]
+        req = world.submit(ids, spans, config)
+        while req.phase in (Phase.WAITING, Phase.CHUNKED):
+            assert world.prefill(req, chunk)
+            world.check()
+        assert req.last_node.replica is not None, "the turn before was not extended"
+        world.decode(req)
+        world.check()
+        world.result(req)
+        world.check()
+        told = report(req)
+        assert told["columns"] == sum(s["columns"] for s in told["session"]) <= 9
+        assert told["visual_tokens"] == 10 + 5 * (picture - 1)
+        assert sum(told["layer_budgets"]) == LAYERS * told["columns"]
+        seen.append([s["columns"] for s in told["session"]])
+        world.decode(req)
+        turn = req.ids
+        world.finish(req)
+        world.check()
+    # 0.8, 0.6 and 0.4 of 10 and of 5 tokens; the oldest goes first, and at last to nothing.
+    assert seen == [[4, 4], [0, 2, 4], [0, 2, 3, 4], [0, 2, 2, 4], [0, 2, 2, 4]]
+    assert world.free_or_evictable() == 200
+    world.tree.evict(EvictParams(num_tokens=1000))
+    world.check()
+
+
 @dataclasses.dataclass(frozen=True)
 class Menu:
     """The prompts of the state machine: few, so that they meet in the tree."""
@@ -925,6 +979,7 @@ class Menu:
         *({"min_visual_mass": 0.3, **REUSE}, {"min_visual_mass": 0.999}),
         *(UNIFIED, {"policy": "h2o", **UNIFIED}),
         *(PRESSURE, {"retention": 0.2, **PRESSURE}, {**PRESSURE, **REUSE}),
+        *(SESSION, {**SESSION, "session_columns": 3}),
     )
 
 
@@ -990,15 +1045,20 @@ class Scheduler(RuleBasedStateMachine):
         chunk=st.sampled_from([100, 2]),
         whole=st.booleans(),
         other=st.booleans(),
+        more=st.sampled_from([None, (3, 4), (5, 5)]),
     )
     def again(
-        self, data: st.DataObject, tail: list[int], chunk: int, whole: bool, other: bool
+        self, data: st.DataObject, tail: list[int], chunk: int, whole: bool, other: bool, more: Any
     ) -> None:
-        """The same prompt, or the next turn of a conversation."""
+        """The same prompt, or the next turn of a conversation, perhaps with another picture."""
         ids, spans, config = data.draw(st.sampled_from(self.past))
         if other:
             config = data.draw(st.sampled_from(Menu.configs))
         if len(ids) < 30:
+            if more is not None:
+                n, picture = more
+                spans = [*spans, (len(ids), len(ids) + n)]
+                ids, tail = [*ids, *[PAD + picture] * n], tail or [7, 8]
             self.begin(self.world.submit([*ids, *tail], spans, config), chunk, whole)
 
     @precondition(has(Phase.WAITING, Phase.CHUNKED))
@@ -1076,6 +1136,18 @@ class SchedulerWithoutTree(Scheduler):
     disable = True
 
 
+class Conversations(Scheduler):
+    """Every turn may bring a picture, and all turns are bounded."""
+
+    @initialize(size=st.sampled_from([60, 100]))
+    def start(self, size: int) -> None:
+        super().start(size)
+        config = self.world.compressor.config
+        self.world.compressor.config = dataclasses.replace(
+            config, reuse="compressed", session_columns=6
+        )
+
+
 class SchedulerUnderPressure(Scheduler):
     when = "pressure"
 
@@ -1088,7 +1160,7 @@ class SchedulerUnderPressureWithoutTree(SchedulerUnderPressure):
     "machine",
     [
         *(Scheduler, SchedulerWithoutTree),
-        *(SchedulerUnderPressure, SchedulerUnderPressureWithoutTree),
+        *(SchedulerUnderPressure, SchedulerUnderPressureWithoutTree, Conversations),
     ],
 )
 def test_slots_are_conserved_in_any_order(machine: type[Scheduler]) -> None:

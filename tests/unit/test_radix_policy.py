@@ -165,6 +165,9 @@ class World:
     def released(self, req: Request, record: CompressionRecord) -> None:
         self.counts["released"] += 1
 
+    def is_chained(self, req: Request) -> bool:
+        return False
+
     def keeps_whole(self, req: Request) -> bool:
         return False
 
