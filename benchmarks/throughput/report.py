@@ -398,12 +398,14 @@ def report(path: Path) -> None:
     Those of this repository's own results also go between their marks in docs/performance.md.
     """
     from benchmarks.throughput.capacity import capacity_table
+    from benchmarks.throughput.load_report import load_table, plot_load
 
     rows = read(path)
-    body = "\n".join([*tables(rows), *capacity_table(rows)])
+    body = "\n".join([*tables(rows), *capacity_table(rows), *load_table(rows)])
     text = f"{header(path, rows)}\n{body}"
     path.with_suffix(".md").write_text(text)
     plot(path, rows)
+    plot_load(path, rows)
     if path.parent.resolve() == RESULTS and body:
         fill_in(DOCUMENT, path, body)
     print(text)
