@@ -34,7 +34,7 @@ from benchmarks.throughput.plan import COMMON
 KIND = "page"  # three pages, 768 visual tokens, one question about one of them
 END = "<|im_end|>"
 SEED = 17  # of the arrivals
-RATES = (0.5, 1.0, 1.5, 2.0, 3.0)  # requests a second
+RATES = (0.3, 0.6, 1.0, 1.5, 2.5)  # requests a second
 FILE = RESULTS / "load.jsonl"
 
 _COMPRESSING = ("--kv-policy", "aircache", "--aircache-gate", "off")
@@ -57,10 +57,10 @@ class Load:
     Limits of a request in seconds: ttft from its arrival to its first token, tpot per token after.
     """
 
-    requests: int = 50
+    requests: int = 40
     tokens: int = 192
     pool: int = 3584
-    ttft: float = 4.0
+    ttft: float = 5.0
     tpot: float = 0.1
 
     def arrivals(self, rate: float) -> list[float]:
