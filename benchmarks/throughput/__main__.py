@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.throughput`: prefill, decode and capacity by batch and prompt length."""
+"""`python -m benchmarks.throughput`: batches, the capacity of a fixed pool, and a rising load."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.records import RESULTS, Results, read
+from benchmarks.records import RESULTS, Results, Row, read
 
 BAD_INPUT = 2  # exit code: nothing was measured, and there is nothing new to report
 
 
 def parser() -> argparse.ArgumentParser:
+    from benchmarks.throughput.load import MODES
     from benchmarks.throughput.plan import PRESETS
 
     top = argparse.ArgumentParser(
@@ -31,6 +33,25 @@ def parser() -> argparse.ArgumentParser:
         "--capacity",
         action="store_true",
         help="instead of the sweep: requests held, and the highest rate, at a fixed pool",
+    )
+    top.add_argument(
+        "--when",
+        choices=("prefill", "pressure"),
+        default="prefill",
+        help="with --capacity: `pressure` measures the retentions packed under pressure too",
+    )
+    top.add_argument(
+        "--load",
+        action="store_true",
+        help="instead of the sweep: stock, prefill and pressure at rising request rates",
+    )
+    top.add_argument(
+        "--rate", type=float, action="append", help="with --load: only this one; may be repeated"
+    )
+    top.add_argument(
+        "--mode",
+        action="append",
+        help=f"with --load: only this of {', '.join(MODES)}; may be repeated",
     )
     top.add_argument(
         "--url",
@@ -65,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.stock_url and not arguments.url:
         parser().error("--stock-url needs --url beside it")
+    refused = unread(arguments)
+    if refused:
+        parser().error(refused)
     path = arguments.file or default_file(arguments)
     code = run(path, arguments) if arguments.action == "run" else 0
     if code == BAD_INPUT:
@@ -81,41 +105,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def unread(arguments: argparse.Namespace) -> str | None:
+    """Of an argument that the chosen run does not read, one sentence."""
+    if arguments.load and arguments.capacity:
+        return "--load and --capacity are two runs"
+    sweep = not arguments.load and not arguments.capacity
+    given = {
+        "--url": arguments.url and arguments.load,
+        "--batch": arguments.batch and arguments.load,
+        "--visual": arguments.visual and arguments.load,
+        "--rounds": arguments.rounds and arguments.load,
+        "--rate": arguments.rate and not arguments.load,
+        "--mode": arguments.mode and not arguments.load,
+        "--when": arguments.when != "prefill" and not arguments.capacity,
+    }
+    asked = "the sweep" if sweep else "--load" if arguments.load else "--capacity"
+    return next((f"{asked} does not read {name}" for name, wrong in given.items() if wrong), None)
+
+
 def default_file(arguments: argparse.Namespace) -> Path:
     """Named by what is measured, and by the server where it is not one of our own."""
+    if arguments.load:
+        return RESULTS / "load.jsonl"
     name = "capacity" if arguments.capacity else arguments.preset
     if arguments.url:
         name += "-" + re.sub(r"[^\w.]+", "-", arguments.url.rpartition("://")[2]).strip("-")
     return RESULTS / f"throughput-{name}.jsonl"
 
 
-def run(path: Path, arguments: argparse.Namespace) -> int:
-    """Measure; what was measured before a failure is kept. Returns the exit code."""
-    import dataclasses
-
-    import psutil
-
-    from benchmarks.throughput import capacity
+def chosen(arguments: argparse.Namespace) -> tuple[Row, Callable[[Results], None]]:
+    """What rows say of the servers, and what measures them; an error if they cannot be."""
+    from benchmarks.throughput import capacity, load, run
     from benchmarks.throughput.plan import PRESETS
-    from benchmarks.throughput.run import about, connect, sweep
 
-    preset, load = PRESETS[arguments.preset], capacity.Load()
-    chosen = {
+    if arguments.load:
+        modes, rates = arguments.mode or list(load.MODES), arguments.rate or load.RATES
+        load.check(modes, rates)
+        asked = load.Load()
+        return asked.about(), lambda results: load.measure(results, asked, modes, rates)
+    given = {"aircache": arguments.url, "none": arguments.stock_url}
+    clients = run.connect({policy: url for policy, url in given.items() if url})
+    if arguments.capacity:
+        held = capacity.Load()
+        said = run.about(capacity.PRESET, clients) | {"preset": f"capacity: {held}"}
+        return said, lambda results: capacity.measure(
+            results, capacity.PRESET, held, clients, arguments.when
+        )
+    narrowed = {
         "batches": arguments.batch,
         "visual": arguments.visual,
         "retentions": arguments.retention,
         "rounds": arguments.rounds,
     }
-    preset = dataclasses.replace(preset, **{k: v for k, v in chosen.items() if v})
+    preset = dataclasses.replace(
+        PRESETS[arguments.preset], **{name: value for name, value in narrowed.items() if value}
+    )
+    preset.check()
+    said = run.about(preset, clients)
+    return said, lambda results: run.sweep(results, preset, clients)
+
+
+def run(path: Path, arguments: argparse.Namespace) -> int:
+    """Measure; what was measured before a failure is kept. Returns the exit code."""
+    import psutil
+
     # requests' errors are OSErrors; ServerError, and torch's want of memory, are RuntimeErrors.
     expected = (ValueError, OSError, RuntimeError, psutil.Error)
-    given = {"aircache": arguments.url, "none": arguments.stock_url}
     try:
-        preset.check()
-        clients = connect({policy: url for policy, url in given.items() if url})
-        said = about(capacity.PRESET if arguments.capacity else preset, clients)
-        if arguments.capacity:
-            said["preset"] = f"capacity: {load}"
+        said, measure = chosen(arguments)
         if arguments.fresh:
             path.unlink(missing_ok=True)
         results = Results(path, said)
@@ -125,10 +182,7 @@ def run(path: Path, arguments: argparse.Namespace) -> int:
     # Leave through the servers' context managers, which end them.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if arguments.capacity:
-            capacity.measure(results, capacity.PRESET, load, clients)
-        else:
-            sweep(results, preset, clients)
+        measure(results)
     except expected as error:
         # A server's error is followed by the end of its log.
         first, _, log = str(error).partition("\n")

@@ -31,6 +31,7 @@ from benchmarks.throughput.run import Attempts, servers
 SETTINGS = (None, 0.5, 0.1)
 BURST = math.inf
 HELD = 5.0  # the goal: times the requests that stock SGLang holds
+PRESSURE = 0.95  # the goal: share of what `prefill` holds at the same retention
 PIXELS_PER_TOKEN = 28
 
 
@@ -86,12 +87,17 @@ PRESET = Preset(
 )
 
 
+def of_request(retention: float, when: str) -> Row:
+    """A request's override; packing at the end of the prefill is the default."""
+    return {"retention": retention} | ({} if when == "prefill" else {"when": when})
+
+
 def arguments(
-    client: Client, load: Load, model: str, retention: float | None, prompts: int
+    client: Client, load: Load, model: str, retention: float | None, prompts: int, when: str
 ) -> list[str]:
     """Of SGLang's client, but for rate, seed and output."""
     side = PIXELS_PER_TOKEN * math.isqrt(load.picture_tokens)
-    overrides = {} if retention is None else {"aircache": {"retention": retention}}
+    overrides = {} if retention is None else {"aircache": of_request(retention, when)}
     return [
         *("--backend", "sglang-oai-chat", "--base-url", client.url, "--model", model),
         *("--dataset-name", "image", "--image-count", str(load.pictures)),
@@ -104,7 +110,13 @@ def arguments(
 
 
 def trial(
-    client: Client, load: Load, model: str, retention: float | None, rate: float, seed: int
+    client: Client,
+    load: Load,
+    model: str,
+    retention: float | None,
+    rate: float,
+    seed: int,
+    when: str = "prefill",
 ) -> Row:
     """One run of the client.
 
@@ -112,14 +124,14 @@ def trial(
     retracted: requests that lost their slots to others; compressed: requests that were, by the
     server's own count.
     Raises ServerError if the client fails or a request does, and if a request at a retention was
-    not compressed or one without was.
+    not compressed or one without was. Under pressure requests are compressed as the pool needs it.
     """
     client.flush_cache()
     before, prompts = counters(client), load.requests(rate)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         command = [sys.executable, "-m", "sglang.benchmark.serving"]
-        command += arguments(client, load, model, retention, prompts)
+        command += arguments(client, load, model, retention, prompts, when)
         command += ["--request-rate", str(rate), "--seed", str(seed), "--output-file", str(out)]
         with LoadWatch(client) as watch:
             done = subprocess.run(
@@ -136,7 +148,8 @@ def trial(
     after = counters(client)
     compressed = after["compressed"] - before["compressed"]
     # A request that was retracted is compressed again.
-    if compressed < prompts if retention is not None else compressed > 0:
+    least = prompts if when == "prefill" else 0
+    if compressed < least if retention is not None else compressed > 0:
         raise ServerError(
             f"{compressed} of {prompts} requests at retention {retention} were compressed"
         )
@@ -198,28 +211,34 @@ class Unknown(Exception):
     """A trial of the search for the highest rate failed."""
 
 
-def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, Client]) -> None:
+def measure(
+    results: Results, preset: Preset, load: Load, clients: Mapping[str, Client], when: str
+) -> None:
     """For stock SGLang and each retention a burst, then the search for the rate, some 5 trials.
 
-    All bursts come first: they say how many requests are held, and take the least time.
+    All bursts come first: they say how many requests are held, and take the least time. With
+    `when` pressure the retentions are measured a second time, packed when the pool needs it.
     """
     with servers(preset, clients) as running:
         cells = {r: Cell(r, 1, preset.picture_tokens, 0) for r in SETTINGS}
-        asked = [r for r, cell in cells.items() if not clients or cell.policy in clients]
+        kept = [r for r, cell in cells.items() if not clients or cell.policy in clients]
+        asked = [(r, "prefill") for r in kept]
+        asked += [(r, when) for r in kept if r is not None and when != "prefill"]
         attempts, trials = Attempts(results, running), itertools.count(1)
 
-        def run(retention: float | None, rate: float) -> Row | None:
+        def run(retention: float | None, packed: str, rate: float) -> Row | None:
             key = {
                 "benchmark": "capacity",
                 "retention": retention,
                 "visual_tokens": load.visual_tokens,
                 "rate": "burst" if rate == BURST else round(rate, 4),
+                **({} if packed == "prefill" else {"when": packed}),
             }
 
             def measured() -> Row:
                 client = running.of(cells[retention])
                 model = str(client.info()["model_path"])
-                return trial(client, load, model, retention, rate, seed_of(key))
+                return trial(client, load, model, retention, rate, seed_of(key), packed)
 
             # A burst and about four rates for each.
             print(f"[{next(trials)} of about {5 * len(asked)}] ", end="", flush=True)
@@ -227,18 +246,18 @@ def measure(results: Results, preset: Preset, load: Load, clients: Mapping[str, 
                 return None
             return next(row for row in results.rows if row["key"] == key)
 
-        def in_time(retention: float | None, rate: float) -> bool:
-            row = run(retention, rate)
+        def in_time(retention: float | None, packed: str, rate: float) -> bool:
+            row = run(retention, packed, rate)
             if row is None:
                 raise Unknown
             return load.in_time(row)
 
-        for retention in asked:
-            run(retention, BURST)
-        for retention in asked:
+        for retention, packed in asked:
+            run(retention, packed, BURST)
+        for retention, packed in asked:
             # Without the answer to one rate it is not known which to try next.
             with contextlib.suppress(Unknown):
-                highest_rate(functools.partial(in_time, retention), load.rate)
+                highest_rate(functools.partial(in_time, retention, packed), load.rate)
         attempts.check()
 
 
@@ -248,10 +267,16 @@ def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[st
     if not cells.rows:
         return
     load = load or Load()
-    lines, held = [], {}
+    lines: list[list[str]] = []
+    held: dict[tuple[float | None, str], int] = {}
+    highest: dict[tuple[float | None, str], float] = {}
     for n in cells.values("visual_tokens"):
-        for retention in cells.values("retention"):
-            found = cells.find(visual_tokens=n, retention=retention)
+        for retention, when in dict.fromkeys(map(setting_of, cells.rows)):
+            found = [
+                row
+                for row in cells.find(visual_tokens=n, retention=retention)
+                if setting_of(row) == (retention, when)
+            ]
             burst = next((row for row in found if row["key"]["rate"] == "burst"), None)
             paced = [row for row in found if row["key"]["rate"] != "burst"]
             best = max(
@@ -259,13 +284,15 @@ def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[st
             )
             if burst is None:
                 continue
-            held[retention] = burst["held"]
-            line = [f"{n}, {setting(retention)}", str(burst["pool"]), str(burst["held"])]
+            held[retention, when] = burst["held"]
+            under = " under pressure" if when == "pressure" else ""
+            line = [f"{n}, {setting(retention)}{under}", str(burst["pool"]), str(burst["held"])]
             line += [str(burst["queued"]), f"{burst['output_tokens_per_second']:.0f}"]
             line += [str(sum(row["retracted"] for row in found))]
             if best is None:
                 line += ["-"] * 5
             else:
+                highest[retention, when] = best["key"]["rate"]
                 line += [f"{best['key']['rate']:.3g}", f"{best['requests_per_second']:.2f}"]
                 line += [str(best["held"])]
                 line += [f"{best['p99_ttft_seconds']:.1f}", f"{best['p99_tpot_seconds']:.2f}"]
@@ -280,6 +307,21 @@ def capacity_table(rows: Sequence[Row], load: Load | None = None) -> Iterator[st
     head = ["visual tokens, retention", "pool", "held", "queued", "tokens/s", "retracted"]
     head += ["rate, 1/s", "served, 1/s", "held at it", "p99 TTFT, s", "p99 TPOT, s"]
     yield table(head, lines)
-    if held.get(None) and held.get(0.1):
-        ratio = held[0.1] / held[None]
+    if held.get((None, "prefill")) and held.get((0.1, "prefill")):
+        ratio = held[0.1, "prefill"] / held[None, "prefill"]
         yield goal(ratio >= HELD, f"retention 0.1 holds {HELD:g} times stock's ({ratio:.1f})")
+    for name, of in (("holds", held), ("serves in time, at its highest rate,", highest)):
+        shares = {
+            retention: value / of[retention, "prefill"]
+            for (retention, when), value in of.items()
+            if when == "pressure" and of.get((retention, "prefill"))
+        }
+        if shares:
+            said = ", ".join(f"{share:.2f} at {setting(r)}" for r, share in shares.items())
+            met = min(shares.values()) >= PRESSURE
+            yield goal(met, f"pressure {name} at least {PRESSURE:g} of what prefill does ({said})")
+
+
+def setting_of(row: Row) -> tuple[float | None, str]:
+    """(retention, when it is packed to it) of a row."""
+    return row["key"]["retention"], row["key"].get("when", "prefill")

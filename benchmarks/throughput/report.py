@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -438,12 +439,15 @@ def report(path: Path) -> None:
     Those of this repository's own results also go between their marks in docs/performance.md.
     """
     from benchmarks.throughput.capacity import capacity_table
+    from benchmarks.throughput.load_report import load_table, plot_load
 
     rows = read(path)
-    body = "\n".join([*tables(rows), *retention_1_table(rows), *capacity_table(rows)])
+    parts = (tables(rows), retention_1_table(rows), capacity_table(rows), load_table(rows))
+    body = "\n".join(itertools.chain.from_iterable(parts))
     text = f"{header(path, rows)}\n{body}"
     path.with_suffix(".md").write_text(text)
     plot(path, rows)
+    plot_load(path, rows)
     if path.parent.resolve() == RESULTS and body:
         fill_in(DOCUMENT, path, body)
     print(text)

@@ -11,7 +11,7 @@ import pytest
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.testing import Server
 from benchmarks.records import read
-from benchmarks.throughput import plan
+from benchmarks.throughput import load, plan
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.capacity import Load, trial
 
@@ -118,3 +118,20 @@ def test_capacity_trial(aircache_server: Server) -> None:
     assert row["prompts"] == row["compressed"] == 4 and row["retracted"] == 0
     assert row["output_tokens_per_second"] > 0
     assert 0 < row["p99_tpot_seconds"] < row["p99_ttft_seconds"] < 60
+
+
+def test_a_rising_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document model reads the pages of three requests that arrive at once, packed."""
+    small = load.Load(requests=3, tokens=24, ttft=60.0, tpot=10.0)
+    monkeypatch.setattr(load, "Load", lambda: small)
+    path = tmp_path / "load.jsonl"
+    assert main(["--load", "--mode", "prefill", "--rate", "50", "--file", str(path)]) == 0
+    [row] = read(path)
+    assert row["key"] == {"benchmark": "load", "mode": "prefill", "rate": 50.0}
+    assert (row["requests"], row["in_time"], row["failed"]) == (3, 3, 0)
+    # What is asked is on the pages, and 77 of 768 tokens are enough for most of it.
+    assert row["exact"] >= 2
+    assert (row["packed"], row["packed_early"]) == (3, 3)
+    assert row["kept"] == pytest.approx(77 / 768)
+    assert 0 < row["p50_ttft_seconds"] <= row["p99_ttft_seconds"] < row["seconds"]
+    assert "| 50, prefill |" in path.with_suffix(".md").read_text()

@@ -21,7 +21,13 @@ from benchmarks.records import Results, read
 from benchmarks.throughput import capacity, run
 from benchmarks.throughput.__main__ import default_file, main, parser
 from benchmarks.throughput.bound import kv_bytes, read_config, weight_bytes
-from benchmarks.throughput.capacity import Load, capacity_table, highest_rate, seed_of
+from benchmarks.throughput.capacity import (
+    Load,
+    capacity_table,
+    highest_rate,
+    of_request,
+    seed_of,
+)
 from benchmarks.throughput.measure import check_compression, warm_up
 from benchmarks.throughput.plan import (
     PRESETS,
@@ -378,7 +384,7 @@ def test_a_trial_that_fails_ends_its_own_search_alone(
     monkeypatch.setattr(capacity, "trial", odd)
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ServerError, match=r"^2 measurements failed twice"):
-        capacity.measure(Results(path), capacity.PRESET, Load(), {})
+        capacity.measure(Results(path), capacity.PRESET, Load(), {}, "prefill")
     tried: dict[Any, int] = {}
     for found in read(path):
         tried[found["key"]["retention"]] = tried.get(found["key"]["retention"], 0) + 1
@@ -498,7 +504,27 @@ def test_capacity_table() -> None:
     text = "\n".join(capacity_table(rows, Load(ttft=30.0)))
     assert "| 8192, stock | 28672 | 3 | 20 | 100 | 0 | - | - | - | - | - |" in text
     assert "| 8192, 0.1 | 28672 | 17 | 20 | 100 | 0 | 0.25 | 0.25 | 12 | 9.0 | 0.10 |" in text
-    assert "Goal met: retention 0.1 holds 5 times stock's (5.7)." in text
+    assert "Goal met: retention 0.1 holds 5 times stock's (5.7)." in text and "pressure" not in text
+    for row in (trial(0.1, "burst", 16, 60.0), trial(0.1, 0.125, 8, 4.0)):
+        rows.append(row | {"key": row["key"] | {"when": "pressure"}})
+    text = "\n".join(capacity_table(rows, Load(ttft=30.0)))
+    assert "| 8192, 0.1 | 28672 | 17 | 20 | 100 | 0 | 0.25 | 0.25 | 12 | 9.0 | 0.10 |" in text
+    assert (
+        "| 8192, 0.1 under pressure | 28672 | 16 | 20 | 100 | 0 | 0.125 | 0.25 | 8 | 4.0 | 0.10 |"
+    ) in text
+    assert (
+        "Goal **missed**: pressure holds at least 0.95 of what prefill does (0.94 at 0.1)." in text
+    )
+    assert (
+        "Goal **missed**: pressure serves in time, at its highest rate, at least 0.95 of what "
+        "prefill does (0.50 at 0.1)."
+    ) in text
+
+
+def test_a_request_of_a_trial() -> None:
+    """Rows from before `--when` keep their keys, and so do their requests."""
+    assert of_request(0.1, "prefill") == {"retention": 0.1}
+    assert of_request(0.1, "pressure") == {"retention": 0.1, "when": "pressure"}
 
 
 def test_no_server_is_one_sentence_and_keeps_the_rows(
