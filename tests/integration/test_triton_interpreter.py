@@ -14,6 +14,7 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.integration.test_sessions import assert_conversation_agrees, next_turn
 from tests.support.chats import compressed_chat
 
 pytestmark = [
@@ -74,3 +75,16 @@ def test_kernels_read_what_pressure_packs(triton_server: Server, oracle: Oracle)
     assert any(packs), "this test needs a smaller pool"
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_agrees(oracle, prompt, answer)
+
+
+def test_kernels_serve_a_bounded_conversation(triton_server: Server, oracle: Oracle) -> None:
+    """The second turn brings a picture: extend attention, and packing beside older cells."""
+    bounded = {"reuse": "compressed", "session_columns": 20, "retention": 0.2}
+    prompt, turns = user_prompt(picture(20, 8, 9), "what is this?"), []
+    for turn in range(2):
+        asked = {**bounded, "return_selection": True}
+        turns.append(ask(triton_server, prompt, asked, max_new_tokens=3))
+        assert_conversation_agrees(oracle, prompt, turns)
+        prompt = next_turn(prompt, turns[-1], picture(30 + turn, 8, 8), seed=turn)
+    report = turns[-1]["meta_info"]["aircache"]
+    assert [part["columns"] for part in report["session"]] == [0, 13]

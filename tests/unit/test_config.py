@@ -373,3 +373,82 @@ def test_what_a_request_inherits_is_no_fault_of_its_own() -> None:
 def test_merging_by_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ablation\.merge_by is read with merge above 0 alone"):
         AirCacheConfig().with_overrides({"aircache": {"ablation": {"merge_by": "similar"}}})
+
+
+@pytest.mark.parametrize(
+    ("rungs", "found"),
+    [("0.5,0.25,0.1", (0.5, 0.25, 0.1)), ("0.2", (0.2,)), ("1,0.5", (1.0, 0.5)), ("", ())],
+)
+def test_rungs_end_at_the_retention(rungs: str, found: tuple[float, ...]) -> None:
+    config = AirCacheConfig.from_server_args(server_args(when="pressure", rungs=rungs))
+    assert config.rungs == found
+    assert config.retention == (found[-1] if found else 0.1)
+    assert config.ladder() == (found or (0.1,))
+    # A request's own retention is its last rung; `prefill` packs once.
+    own = config.with_overrides({"aircache": {"retention": 0.3}})
+    assert own.ladder() == (*(rung for rung in found if rung > 0.3), 0.3)
+    assert config.with_overrides({"aircache": {"when": "prefill"}}).ladder() == (config.retention,)
+
+
+@pytest.mark.parametrize(
+    "rungs", ["0.1,0.5", "0.5,0.5", "0.5,0", "1.5,0.5", "-1", "a,b", "0.5,,0.1", "0.5;0.1", "nan"]
+)
+def test_rungs_that_are_no_ladder(rungs: str) -> None:
+    with pytest.raises(ValueError, match="--aircache-rungs must be shares that descend") as caught:
+        AirCacheConfig.from_server_args(server_args(when="pressure", rungs=rungs))
+    assert repr(rungs) in str(caught.value)
+
+
+def test_rungs_and_retention_must_not_contradict_each_other() -> None:
+    args = server_args(when="pressure", rungs="0.5,0.2", retention=0.3)
+    with pytest.raises(ValueError, match=r"ends at 0\.2 and --aircache-retention is 0\.3"):
+        AirCacheConfig.from_server_args(args)
+
+
+def test_a_shared_replica_is_packed_once() -> None:
+    args = server_args(when="pressure", rungs="0.5,0.2", reuse="compressed")
+    with pytest.raises(ValueError, match="--aircache-reuse compressed"):
+        AirCacheConfig.from_server_args(args)
+
+
+NOT_LATER: list[tuple[dict[str, Any], str]] = [
+    ({"min_visual_mass": 0.5}, "min_visual_mass 0.5"),
+    ({"ablation": {"merge": 0.5}}, "ablation merge above 0"),
+    ({"ablation": {"audience": "all"}}, "ablation audience all"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), NOT_LATER)
+def test_what_only_the_prefill_can_do(overrides: dict[str, Any], named: str) -> None:
+    message = rf"aircache.when pressure does not go with aircache.{named}"
+    with pytest.raises(ValueError, match=message):
+        AirCacheConfig().with_overrides({"aircache": {"when": "pressure", **overrides}})
+
+
+SESSION = {"reuse": "compressed", "session_columns": 40}
+
+
+def test_a_bounded_conversation() -> None:
+    config = AirCacheConfig.from_server_args(server_args(**SESSION, rungs="0.3,0.1"))
+    assert config.session_rungs() == (0.3, 0.1)
+    other = config.with_overrides({"aircache": {"session_columns": 50}})
+    assert other.variant() != config.variant()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"reuse": "exact"}, "session_columns needs aircache.reuse compressed"),
+        ({"when": "pressure"}, "session_columns needs aircache.when prefill"),
+        ({"policy": "snapkv"}, "session_columns needs aircache.policy aircache"),
+        ({"window": "visual-8"}, "session_columns needs aircache.window elite"),
+        ({"min_visual_mass": 0.5}, "session_columns needs aircache.min_visual_mass unset"),
+        ({"ablation": {"rank": 2}}, "session_columns needs aircache.ablation unset"),
+        ({"session_columns": 5}, "must hold one picture on its smallest rung, that is 6 columns"),
+        ({"session_columns": 0}, "session_columns must be an integer >= 1, got 0"),
+        ({"session_columns": "many"}, "session_columns must be an integer >= 1, got 'many'"),
+    ],
+)
+def test_a_conversation_that_cannot_be_bounded(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AirCacheConfig().with_overrides({"aircache": {**SESSION, **overrides}})

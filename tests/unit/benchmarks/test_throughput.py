@@ -373,7 +373,7 @@ def test_a_trial_that_fails_ends_its_own_search_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def odd(
-        client: Any, load: Load, model: str, retention: float | None, rate: float, _: int
+        client: Any, load: Load, model: str, retention: float | None, rate: float, *_: Any
     ) -> Any:
         if retention == 0.5:
             raise ServerError("19 of 20 requests were answered")
