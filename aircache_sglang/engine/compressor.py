@@ -225,13 +225,9 @@ class Compressor:
             if intent is None or req.extend_end < len(req.full_untruncated_fill_ids):
                 continue
             if intent.rungs:
-                originals = self.table.req_to_token[row, : intent.prompt.end]
-                state_of(req).whole = CompressionRecord(
-                    intent=intent,
-                    row=row,
-                    originals=originals.to(torch.int64, copy=True),
-                    extra=originals.new_empty(0, dtype=torch.int64),
-                )
+                originals = self._originals(row, intent, None)
+                record = CompressionRecord(intent, row, originals, extra=originals[:0])
+                self.pressure.open(req, record)
                 continue
             link = self._chain(req, intent) if replica is not None else None
             if link is not None:

@@ -40,12 +40,19 @@ class Pressure:
         self._inputs, self._records, self._metrics = inputs, records, metrics
         # By row, in the order in which the results of their prefills came.
         self._requests: dict[int, Any] = {}
+        # Those, and those whose results are not known yet.
+        self._alive = 0
         # All columns that they may need while their pictures are still there.
         self._columns = 0
         self._decided: list[tuple[Any, Descent]] = []
         self._promised: int | None = None
 
     # A request's life
+
+    def open(self, req: Any, record: CompressionRecord) -> None:
+        """A prefill ends in the batch that is about to run, and its picture may be packed later."""
+        state_of(req).whole = record
+        self._alive += 1
 
     def enlist(self, req: Any) -> bool:
         """The result of a prefill is known; whether it left a picture that can be packed later."""
@@ -64,6 +71,7 @@ class Pressure:
         state, row = state_of(req), req.kv.req_pool_idx
         if state.whole is None:
             return
+        self._alive -= 1
         self._decided = [(other, descent) for other, descent in self._decided if other is not req]
         if self._requests.pop(row, None) is not None:
             record = self._records.get(row)
@@ -109,9 +117,11 @@ class Pressure:
             self._make_room(tree, need, ADMISSION)
             self._keep_room_for_columns(tree, need, running)
 
-    def is_far(self, tree: Any, need: int) -> bool:
-        """Whether `need` slots and all columns would fit: nothing is to be decided, at no cost."""
-        return free_slots(tree) - need >= self._columns
+    def is_far(self, tree: Any, batch: Any) -> bool:
+        """Whether the next decode step and all columns would fit: nothing is to be decided."""
+        if not self._alive:
+            return True
+        return free_slots(tree) - batch.new_tokens_required_next_decode() >= self._columns
 
     def for_decode(self, tree: Any, need: int, running: Sequence[Any]) -> bool:
         """Make room for the `need` slots of the next decode step; False if it should wait.

@@ -20,7 +20,7 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     None skips this decode step, as in SGLang where finishing requests are about to free slots.
     """
     pressure, tree = process.compressor().pressure, batch.tree_cache
-    if not pressure.is_far(tree, batch.new_tokens_required_next_decode()):
+    if not pressure.is_far(tree, batch):
         finishing = set(scheduler._reqs_finishing_inflight(batch))
         members = [i for i, req in enumerate(batch.reqs) if req not in finishing]
         running = [batch.reqs[i] for i in members]

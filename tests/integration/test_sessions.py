@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,3 +103,21 @@ def test_a_conversation_with_a_picture_a_turn(bounded: Server, oracle: Oracle) -
     wait_idle(bounded)
     metrics = settled_metrics(bounded, {"sglang:kv_used_tokens": 0})
     assert metrics["sglang:kv_available_tokens"] + metrics["sglang:kv_evictable_tokens"] == POOL
+
+
+@pytest.mark.parametrize("bounded", ["overlap"], indirect=True)
+def test_the_example(bounded: Server) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "examples.watch", bounded.url, "--turns", "3", "--tokens", "3"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert printed.returncode == 0, printed.stderr
+    rows = [line.split()[:4] for line in printed.stdout.splitlines()[1:4]]
+    assert [int(turn) for turn, *_ in rows] == [1, 2, 3]
+    # A page is 256 visual tokens; a turn computes its own tokens alone.
+    assert all(256 < int(anew) < 330 for _, _, anew, _ in rows)
+    assert all(0 < int(columns) <= BOUND for *_, columns in rows)
