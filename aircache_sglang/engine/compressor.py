@@ -186,7 +186,7 @@ class Compressor:
     def make_room(self, batch: Any) -> None:
         """Have the slots that admission has promised to a prefill batch."""
         need = sum(
-            req.extend_end - req.prefix_len + self.slots_to_reserve(req, req.extend_end)
+            len(req.full_untruncated_fill_ids) - req.prefix_len + self.slots_to_reserve(req, None)
             for req in batch.reqs
         )
         self.pressure.for_prefill(batch.tree_cache, need, [*self._running, *batch.reqs])
