@@ -77,7 +77,8 @@ class Pressure:
             if state.packs:
                 state.report = report_of(state.packs)
             else:
-                state.reason = Reason.NO_PRESSURE
+                # Not what an earlier life had said, nor nothing where the first token was the last.
+                state.report, state.reason = state.whole.report_whole(), Reason.NO_PRESSURE
                 self._metrics.left_alone(Reason.NO_PRESSURE)
         state.whole, state.packs = None, []
 

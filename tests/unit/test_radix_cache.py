@@ -55,7 +55,7 @@ from aircache_sglang.engine.request import RequestState, state_of
 from aircache_sglang.engine.tree import Kind, Node
 from aircache_sglang.runtime import spans as spans_module
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
-from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.decide import Intent, Reason
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import TorchExtender
 from aircache_sglang.runtime.gate import CPU
@@ -969,6 +969,23 @@ def test_room_for_columns_is_kept_from_every_beam() -> None:
         assert world._alloc(5) is not None
         leader.output_ids.append(7)
     assert len(state_of(whole).packs) == 1
+
+
+@pytest.mark.parametrize("retracted", [False, True])
+def test_a_life_of_one_token_reports_itself(retracted: bool) -> None:
+    """Its result finishes it, and it was never among those that could be packed."""
+    world = World(120, when="pressure")
+    ids, spans = pictures((20, 100))
+    req = world.submit([*ids, *range(60, 63)], spans)
+    if retracted:
+        world.run(req, steps=2)
+        world.press(world.free_or_evictable() + 1)
+        assert report(req)["packs"]
+        world.retract(req)
+    assert world.prefill(req)
+    world.finish(req)
+    assert state_of(req).reason is Reason.NO_PRESSURE
+    assert report(req)["rung"] is None and report(req)["columns"] == 0
 
 
 @pytest.mark.parametrize("between", [0, 3])
