@@ -224,13 +224,16 @@ class Compressor:
                 continue
             assert row not in self.records, f"row {row} is still compressed"
             originals = self.table.req_to_token[row, : intent.prompt.end]
+            # Of the answer, what an earlier life of a retracted request has said.
+            n_said = len(req.full_untruncated_fill_ids) - intent.prompt.length
             self.records[row] = CompressionRecord(
                 intent=intent,
                 row=row,
                 originals=originals.to(torch.int64, copy=True),
                 # A view would keep the allocator's whole list of free slots alive.
                 extra=extra.to(torch.int64, copy=True),
-                exact_tail=len(req.full_untruncated_fill_ids) > intent.prompt.length,
+                exact_tail=n_said > 0,
+                packed_at=n_said + 1,
             )
 
     # One forward, on the forward stream

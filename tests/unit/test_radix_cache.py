@@ -739,6 +739,7 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
         world.result(req)
         world.decode(req)
     world.retract(req)
+    n_said = len(req.output_ids)
     world.check()
     assert world.free_or_evictable() == 80
     assert not world.compressor.records
@@ -748,6 +749,8 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
     assert record.stage is Stage.RELEASED
     # Its first life left a replica if its prefill had come to an end.
     assert record.reused == (phase == "running" and config is REUSE and not disable)
+    if not record.reused:
+        assert record.packed_at == n_said + 1
     world.finish(req)
     world.check()
     assert world.free_or_evictable() == 80
