@@ -200,7 +200,7 @@ class Compressor:
     def make_room(self, batch: Any) -> None:
         """Have the slots that admission has promised to a prefill batch."""
         need = sum(
-            req.extend_end - req.prefix_len + self.slots_to_reserve(req, req.extend_end)
+            len(req.full_untruncated_fill_ids) - req.prefix_len + self.slots_to_reserve(req, None)
             for req in batch.reqs
         )
         self.pressure.for_prefill(batch.tree_cache, need, [*self._running, *batch.reqs])
@@ -237,13 +237,16 @@ class Compressor:
             if extra is None:
                 self.decline(req, Reason.NO_FREE_SLOTS)
                 continue
+            # Of the answer, what an earlier life of a retracted request has said.
+            n_said = len(req.full_untruncated_fill_ids) - intent.prompt.length
             record = CompressionRecord(
                 intent=intent,
                 row=row,
                 originals=self._originals(row, intent, link),
                 # A view would keep the allocator's whole list of free slots alive.
                 extra=extra.to(torch.int64, copy=True),
-                exact_tail=len(req.full_untruncated_fill_ids) > intent.prompt.length,
+                exact_tail=n_said > 0,
+                packed_at=n_said + 1,
             )
             if link is None:
                 assert row not in self.records, f"row {row} is still compressed"

@@ -72,7 +72,7 @@ class Metrics:
         )
         self._at_rung = Gauge(
             "sglang:aircache_requests_at_rung",
-            "Running requests that are packed under pressure, by the share they keep",
+            "Running requests that pressure may pack, by the rung they are at",
             [*names, "rung"],
             multiprocess_mode="livesum",
         )
@@ -118,8 +118,8 @@ class Metrics:
 
     def packed(self, before: CompressionRecord | None, record: CompressionRecord) -> None:
         """A request goes to the rung of `record`, from that of `before` or from a whole picture."""
-        self.at_rung(None if before is None else before.intent.retention, -1)
-        self.at_rung(record.intent.retention, 1)
+        self.at_rung(before, -1)
+        self.at_rung(record, 1)
         if before is None:
             self.compressed(record)
         elif self._labels is not None:
@@ -134,10 +134,11 @@ class Metrics:
             self._packs.labels(**self._labels, cause=cause).inc(requests)
             self._packed_slots.labels(**self._labels, cause=cause).inc(slots)
 
-    def at_rung(self, retention: float | None, step: int) -> None:
-        """One request more, or less, at a rung; None for a picture that is whole."""
+    def at_rung(self, record: CompressionRecord | None, step: int) -> None:
+        """One request more, or less, at the rung of a record; None for a picture that is whole."""
         if self._labels is not None:
-            rung = "whole" if retention is None else f"{retention:g}"
+            # Not the share, of which clients could make any number of labels.
+            rung = "whole" if record is None else str(record.rung)
             self._at_rung.labels(**self._labels, rung=rung).inc(step)
 
     def retraction_avoided(self) -> None:

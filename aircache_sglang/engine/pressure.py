@@ -19,7 +19,7 @@ from aircache_sglang.engine.request import state_of
 from aircache_sglang.engine.tree import Kind
 from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent, Reason
-from aircache_sglang.runtime.descend import Descent, descend
+from aircache_sglang.runtime.descend import Descent, descend, fill
 from aircache_sglang.runtime.pressure import Candidate, Whole, next_to_pack, packable, together
 from aircache_sglang.runtime.record import CompressionRecord
 
@@ -44,7 +44,8 @@ class Pressure:
         self._alive = 0
         # All columns that they may need while their pictures are still there.
         self._columns = 0
-        self._decided: list[tuple[Any, Descent]] = []
+        # Without a request where it has gone, and its replica has not.
+        self._decided: list[tuple[Any | None, Descent]] = []
         self._promised: int | None = None
 
     # A request's life
@@ -72,16 +73,20 @@ class Pressure:
         if state.whole is None:
             return
         self._alive -= 1
-        self._decided = [(other, descent) for other, descent in self._decided if other is not req]
+        self._decided = [
+            (None if other is req else other, descent)
+            for other, descent in self._decided
+            if other is not req or descent.record.shared
+        ]
         if self._requests.pop(row, None) is not None:
-            record = self._records.get(row)
-            self._metrics.at_rung(None if record is None else record.intent.retention, -1)
+            self._metrics.at_rung(self._records.get(row), -1)
             self._columns -= columns_of(state.whole.intent)
         if req.finished():
             if state.packs:
                 state.report = report_of(state.packs)
             else:
-                state.reason = Reason.NO_PRESSURE
+                # Not what an earlier life had said, nor nothing where the first token was the last.
+                state.report, state.reason = state.whole.report_whole(), Reason.NO_PRESSURE
                 self._metrics.left_alone(Reason.NO_PRESSURE)
         state.whole, state.packs = None, []
 
@@ -89,6 +94,9 @@ class Pressure:
         """Pack what was decided, on the current stream; before each forward."""
         decided, self._decided = self._decided, []
         for req, descent in decided:
+            if req is None:
+                fill(self._inputs, descent)
+                continue
             state = state_of(req)
             state.packs.append(descent.record)
             # Before its selection, which only a finished request waits for.
@@ -111,6 +119,8 @@ class Pressure:
     def for_prefill(self, tree: Any, need: int, running: Sequence[Any]) -> None:
         """Make room for `need` slots that admission has promised to a batch.
 
+        need: for all that is left of its prompts. A later chunk takes its slots without asking
+            (schedule_policy.py, add_chunked_req), and by then the columns might not fit.
         running: the requests that will decode beside it, and those of the batch.
         """
         if self._requests:
@@ -242,8 +252,9 @@ def parts_of(tree: Any, req: Any, intent: Intent) -> dict[Hashable, tuple[int, i
 
 
 def remaining_tokens(req: Any) -> int:
-    """The most that a request may still answer."""
-    return max(0, req.sampling_params.max_new_tokens - len(req.output_ids))
+    """The most that a request may still answer, all of its beams together."""
+    n_beams = 1 if req.beam_group is None else req.beam_group.beam_width
+    return n_beams * max(0, int(req.sampling_params.max_new_tokens) - len(req.output_ids))
 
 
 def report_of(packs: Sequence[CompressionRecord]) -> dict[str, Any]:

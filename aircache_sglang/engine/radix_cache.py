@@ -125,7 +125,7 @@ class AirCacheRadixCache(SpanTree):
                 self._publish(req, up_to, below=replica)
         elif record is None:
             intent = self.requests.intent(req)
-            exact = req.finished() and self.requests.keeps_whole(req)
+            exact = self.requests.keeps_whole(req) and req.finished()
             if intent is not None and not exact:
                 # A chunk of a prefill that will be compressed, or what may be packed later.
                 up_to = min(up_to, intent.published)

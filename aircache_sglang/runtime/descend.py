@@ -9,7 +9,7 @@ import torch
 
 from aircache_sglang.runtime.compress import PassInputs, pack
 from aircache_sglang.runtime.record import CompressionRecord
-from aircache_sglang.runtime.rungs import repack
+from aircache_sglang.runtime.rungs import Ladder, repack
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,15 +32,26 @@ def descend(inputs: PassInputs, descent: Descent) -> None:
     on the stream. Descents of one moment run in the order in which they were decided, since a
     later one's columns may be slots that an earlier one gives up.
     """
+    ladder = _copy_cells(inputs, descent)
+    record, rung = descent.record, descent.record.rung
+    inputs.enter(record, ladder.budgets[rung])
+    if record.intent.config.return_selection:
+        record.selected = inputs.heads.gather_heads(ladder.selected(rung))
+
+
+def fill(inputs: PassInputs, descent: Descent) -> None:
+    """Copy what the replica of a request holds that has given its row back since; no host sync."""
+    _copy_cells(inputs, descent)
+    inputs.copy_text_between(descent.record)
+
+
+def _copy_cells(inputs: PassInputs, descent: Descent) -> Ladder:
     record, k_all, v_all = descent.record, inputs.k_all, inputs.v_all
     ladder, rung = record.ladder, record.rung
     assert ladder is not None, "only what was ranked is packed later"
-    budgets = ladder.budgets[rung]
     if descent.above is None:
-        visual = inputs.visual_slots(record)
+        visual, budgets = inputs.visual_slots(record), ladder.budgets[rung]
         pack(k_all, v_all, visual, record.columns, ladder.selected(rung), budgets)
     else:
         repack(k_all, v_all, descent.columns, ladder.cells(descent.above, rung))
-    inputs.enter(record, budgets)
-    if record.intent.config.return_selection:
-        record.selected = inputs.heads.gather_heads(ladder.selected(rung))
+    return ladder

@@ -51,11 +51,11 @@ from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.radix_cache import AirCacheRadixCache
-from aircache_sglang.engine.request import state_of
+from aircache_sglang.engine.request import RequestState, state_of
 from aircache_sglang.engine.tree import Kind, Node
 from aircache_sglang.runtime import spans as spans_module
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
-from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.decide import Intent, Reason
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import TorchExtender
 from aircache_sglang.runtime.gate import CPU
@@ -243,7 +243,8 @@ class World:
             self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.int())
         req.extend_end = req.prefix_len + extend
         req.extend_batch_idx += 1
-        self.pressure.for_prefill(self.tree, need, [*self.running(), req])
+        self.compressor._running = self.running()
+        self.compressor.make_room(SimpleNamespace(reqs=[req], tree_cache=self.tree))
         slots = self._alloc(extend)
         assert slots is not None, "admission was promised more than packing wins"
         where = slice(req.prefix_len, req.extend_end)
@@ -754,6 +755,7 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
         world.result(req)
         world.decode(req)
     world.retract(req)
+    n_said = len(req.output_ids)
     world.check()
     assert world.free_or_evictable() == 80
     assert not world.compressor.records
@@ -763,6 +765,8 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
     assert record.stage is Stage.RELEASED
     # Its first life left a replica if its prefill had come to an end.
     assert record.reused == (phase == "running" and config is REUSE and not disable)
+    if not record.reused:
+        assert record.packed_at == n_said + 1
     world.finish(req)
     world.check()
     assert world.free_or_evictable() == 80
@@ -986,6 +990,79 @@ class Menu:
 def has(*phases: Phase) -> Any:
     """Precondition: a request is in one of these phases."""
     return lambda machine: any(req.phase in phases for req in machine.world.live)
+
+
+def test_all_chunks_of_a_prompt_get_the_slots_that_it_was_admitted_for() -> None:
+    """Once a chunk is there, the columns of a whole picture might not fit any more."""
+    world = World(41, when="pressure")
+    ids, spans = pictures((20, 100))
+    whole = world.submit([*ids, *range(60, 63)], spans)
+    text = world.submit(list(range(200, 220)), [])
+    for req in (whole, text):
+        req.sampling_params.max_new_tokens = 2
+    world.run(whole)
+    assert world.free_or_evictable() == 14
+    for _ in range(3):
+        assert world.prefill(text, 7)
+        world.check()
+    assert len(state_of(whole).packs) == 1
+
+
+def test_room_for_columns_is_kept_from_every_beam() -> None:
+    """Four beams of three tokens take what is free before the columns have had it."""
+    world = World(41, when="pressure")
+    ids, spans = pictures((20, 100))
+    whole = world.submit([*ids, *range(60, 63)], spans)
+    whole.sampling_params.max_new_tokens = 2
+    world.run(whole)
+    leader = SimpleNamespace(
+        sampling_params=SimpleNamespace(max_new_tokens=3),
+        output_ids=array("q"),
+        beam_group=SimpleNamespace(beam_width=4),
+        aircache=RequestState(),
+    )
+    for _ in range(3):
+        assert world.pressure.for_decode(world.tree, 5, [whole, leader])
+        world.pressure.launch()
+        assert world._alloc(5) is not None
+        leader.output_ids.append(7)
+    assert len(state_of(whole).packs) == 1
+
+
+@pytest.mark.parametrize("retracted", [False, True])
+def test_a_life_of_one_token_reports_itself(retracted: bool) -> None:
+    """Its result finishes it, and it was never among those that could be packed."""
+    world = World(120, when="pressure")
+    ids, spans = pictures((20, 100))
+    req = world.submit([*ids, *range(60, 63)], spans)
+    if retracted:
+        world.run(req, steps=2)
+        world.press(world.free_or_evictable() + 1)
+        assert report(req)["packs"]
+        world.retract(req)
+    assert world.prefill(req)
+    world.finish(req)
+    assert state_of(req).reason is Reason.NO_PRESSURE
+    assert report(req)["rung"] is None and report(req)["columns"] == 0
+
+
+@pytest.mark.parametrize("between", [0, 3])
+def test_a_replica_is_filled_whatever_becomes_of_who_packed_it(between: int) -> None:
+    """A request may be retracted between the decision and the forward that brings it."""
+    world = World(120, when="pressure")
+    ids, spans = pictures((8, 100), (8, 101), between=between)
+    req = world.run(world.submit([*ids, *range(60, 63)], spans, REUSE), steps=2)
+    world.pressure.for_prefill(world.tree, world.free_or_evictable() + 1, [])
+    world.retract(req)
+    assert world.cached_tokens(Kind.PACKED) > 0
+    # Its row is another's by the time of that forward.
+    other = world.run(world.submit([9, 9, 9], []))
+    world.check()
+    world.finish(other)
+    assert world.prefill(req)
+    record = world.compressor.records[req.kv.req_pool_idx]
+    assert record.reused
+    world.check()
 
 
 class Scheduler(RuleBasedStateMachine):

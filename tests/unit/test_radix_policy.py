@@ -1018,8 +1018,8 @@ class RadixMachine(RuleBasedStateMachine):
 
     def settle(self, req: Request) -> None:
         self.launched.remove(req)
-        self.publish(req, self.world.prefilled(req))
-        self.world.tree.checkpoint(req, up_to=self.world.prefilled(req))
+        self.publish(req, self.world.prefill_end(req))
+        self.world.tree.checkpoint(req, up_to=self.world.prefill_end(req))
 
     @rule(data=st.data())
     @precondition(lambda self: self.world.running)

@@ -193,8 +193,15 @@ def test_the_kv_pool_leaves_room_for_them(monkeypatch: pytest.MonkeyPatch) -> No
     buffer = torch.empty(28, QUERY_ROWS, 28, 128, dtype=torch.bfloat16, device="meta")
     assert query_bytes(config(), 1) == buffer.nbytes
     monkeypatch.setattr(pool, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2))
-    configurator = SimpleNamespace(model_config=config())
+    configurator = SimpleNamespace(model_config=config(), kv_cache_dtype=torch.bfloat16)
+    monkeypatch.setattr(process, "_policy", ("aircache", AirCacheConfig()))
     left = pool.profile_available_bytes(lambda self, before: 1 << 30, configurator, 7)
     assert left == (1 << 30) - (98 << 20)
     with pytest.raises(Refusal, match="needs 98 MiB beside the KV pool"):
         pool.profile_available_bytes(lambda self, before: 98 << 20, configurator, 7)
+    # Under pressure the order of the first rung stands beside the KV: an int32 for two rows of
+    # 128 numbers in 16 bits, for half of the cells.
+    under = AirCacheConfig(when="pressure", rungs=(0.5, 0.1))
+    monkeypatch.setattr(process, "_policy", ("aircache", under))
+    less = pool.profile_available_bytes(lambda self, before: 1 << 30, configurator, 7)
+    assert left - less == int(left * (2 / 512) / (1 + 2 / 512))
