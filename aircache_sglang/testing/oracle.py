@@ -239,7 +239,8 @@ def assert_agrees(oracle: Oracle, prompt: Prompt, answer: Any, *, greedy: bool =
     first = 0
     if meta_info.get("num_retractions"):
         # What it had said before its last life was decoded otherwise; its last token was not.
-        first = packs[0][0] if packs else len(tokens) - 1
+        last = len(tokens) - 1
+        first = min(packs[0][0], last) if packs else last
     error = logprob_error(trace, meta_info, first=first)
     assert error < LOGPROB_TOLERANCE, f"logprobs differ by {error:.2e}"
     if greedy and not first:
