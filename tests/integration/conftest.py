@@ -50,6 +50,7 @@ SHARING = (
     "test_memory.py::test_the_next_question_hits_the_picture",
     "test_memory.py::test_tokens_in_use_while_decoding",
     "test_preloaded.py::test_as_many_processes",
+    "test_pressure.py::test_alone_answers_are_those_of_stock",
     "test_preloaded.py::test_the_same_arguments_hooks_and_answers",
     "test_quality.py::test_a_cut_run_goes_on_at_any_server",
     "test_quality.py::test_a_killed_run_loses_and_repeats_nothing",
