@@ -225,7 +225,8 @@ def test_a_turn_leaves_what_it_was_decoded_from(conversations: Server) -> None:
 
     conversations.flush_cache()
     other = user_prompt(picture(62, 12, 12), "what is on the right?")
-    packed = ask_at_once(conversations, [first, other], [150, 160], return_selection=False)
+    # The second fits once the first is packed.
+    packed = ask_at_once(conversations, [first, other], [60, 60], return_selection=False)
     assert sum("packs" in answer["meta_info"]["aircache"] for answer in packed) >= 1
     for prompt, answer in zip((first, other), packed, strict=True):
         if "packs" not in answer["meta_info"]["aircache"]:
