@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def first_token(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
             if line.startswith(b"data: {"):
                 seconds = seconds or time.monotonic() - started
                 last = line.removeprefix(b"data: ")
-    answer: dict[str, Any] = requests.models.complexjson.loads(last)
+    answer: dict[str, Any] = json.loads(last)
     return seconds, answer
 
 

@@ -192,10 +192,13 @@ class Compressor:
         return True
 
     def _query_rows(self, req: Any) -> int:
-        intent = self.intent(req)
-        if intent is None or (extends_replica(req) and not self.is_chained(req)):
-            return 0
-        return query_rows(intent)
+        intent = self._scored(req)
+        return 0 if intent is None else query_rows(intent)
+
+    def _scored(self, req: Any) -> Intent | None:
+        """The intent of a request whose prefill ends with a pass: not of a turn without pictures
+        that extends a replica."""
+        return None if extends_replica(req) and not self.is_chained(req) else self.intent(req)
 
     def make_room(self, batch: Any) -> None:
         """Have the slots that admission has promised to a prefill batch."""
@@ -296,12 +299,12 @@ class Compressor:
         sums: list[SumWork] = []
         extends: list[ExtendJob] = []
         for req, chunk in chunks(batch):
-            row, intent = req.kv.req_pool_idx, self.intent(req)
+            row, intent = req.kv.req_pool_idx, self._scored(req)
             record = self.records.get(row)
             if record is not None and record.reused:
                 self._enter_replica(record, chunk)
                 extends.append(ExtendJob(record, chunk.start, chunk.end, chunk.rows))
-            if intent is not None and (req.last_node.replica is None or self.is_chained(req)):
+            if intent is not None:
                 state = state_of(req)
                 if state.stash is None:
                     state.stash = PrefillStash(intent)

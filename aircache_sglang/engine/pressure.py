@@ -62,7 +62,7 @@ class Pressure:
             return False
         self._requests[row] = req
         intent = state.whole.intent
-        self._columns += columns_of(intent)
+        self._columns += intent.at(0).n_extra
         state.report = state.whole.report_whole()
         self._metrics.at_rung(None, 1)
         return True
@@ -80,7 +80,7 @@ class Pressure:
         ]
         if self._requests.pop(row, None) is not None:
             self._metrics.at_rung(self._records.get(row), -1)
-            self._columns -= columns_of(state.whole.intent)
+            self._columns -= state.whole.intent.at(0).n_extra
         if req.finished():
             if state.packs:
                 state.report = report_of(state.packs)
@@ -232,11 +232,6 @@ def whole_of(req: Any) -> CompressionRecord:
     whole = state_of(req).whole
     assert whole is not None, "only requests that may be packed are listed"
     return whole
-
-
-def columns_of(intent: Intent) -> int:
-    """Slots that packing to the first rung needs beside the picture."""
-    return intent.rungs[0].columns + intent.n_copies
 
 
 def parts_of(tree: Any, req: Any, intent: Intent) -> dict[Hashable, tuple[int, int]]:

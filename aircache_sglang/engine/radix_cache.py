@@ -69,7 +69,7 @@ class AirCacheRadixCache(SpanTree):
         key, intent = self._padded(params.req, params.key), self.requests.intent(params.req)
         if intent is None:
             return super().match_prefix(MatchPrefixParams(key=key))
-        prompt = intent.prompt
+        prompt, limited = intent.prompt, limited_key(key, intent.match_limit)
         if intent.reuses:
             found = self.match_packed(
                 key,
@@ -81,7 +81,7 @@ class AirCacheRadixCache(SpanTree):
             if found is None and intent.config.session_columns is not None:
                 # The turn before, behind which this one brings further pictures.
                 found = self.match_packed(
-                    limited_key(key, intent.match_limit),
+                    limited,
                     prompt.start,
                     intent.config.variant(),
                     prompt.spans[0][1],
@@ -89,13 +89,6 @@ class AirCacheRadixCache(SpanTree):
                 )
             if found is not None:
                 return found
-        limited = RadixKey(
-            key.token_ids,
-            key.extra_key,
-            is_bigram=key.is_bigram,
-            limit=min(len(key), intent.match_limit),
-            cache_salt=key.cache_salt,
-        )
         return super().match_prefix(MatchPrefixParams(key=limited))
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:

@@ -326,22 +326,41 @@ def pack(
     selected: int64 [H_kv, L * m] of `cells_of`; budgets: int64 [L], sum L * m.
     source: K and V to copy in place of the visual slots' own, [L, N_v, H_kv, D] each.
     """
-    n_layers, rows, n_heads, head_dim = k_all.shape
+    n_layers, rows = k_all.shape[:2]
     n_source, source_slots = rows, visual_slots
     if source is not None:
         n_source = source[0].shape[1]
         source_slots = torch.arange(n_source, device=k_all.device)
     n_cells = n_layers * columns.numel()
     cells, layer = torch.arange(n_cells, device=k_all.device), layers_of(budgets, n_cells)[0]
-    head = torch.arange(n_heads, device=k_all.device)
     origin = layer[:, None] * n_source + source_slots[selected.transpose(0, 1)]
-    target = absolute_rows(cells, columns, n_layers, rows)
-    origin = (origin * n_heads + head[None, :]).reshape(-1)
-    for cache, original in zip((k_all, v_all), source or (k_all, v_all), strict=True):
+    copy_cells(
+        (k_all, v_all),
+        source or (k_all, v_all),
+        origin,
+        absolute_rows(cells, columns, n_layers, rows),
+    )
+
+
+def copy_cells(
+    caches: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    origin: torch.Tensor,
+    target: torch.Tensor,
+) -> None:
+    """Copy cells, each KV head's from a row of its own, without a host synchronisation.
+
+    caches, sources: [L, rows, H_kv, D] each, the latter with rows of their own number.
+    origin: int64 [C, H_kv] absolute rows of the sources; target: int64 [C], of the caches.
+    """
+    n_heads, head_dim = caches[0].shape[2:]
+    head = torch.arange(n_heads, device=origin.device)
+    origin = (origin * n_heads + head).reshape(-1)
+    for cache, original in zip(caches, sources, strict=True):
         if cache.itemsize == 1:
             # torch copies no float8 by index on a CPU
             cache, original = cache.view(torch.uint8), original.view(torch.uint8)
         # index_select copies whole rows; indexing with tensors goes element by element on a CPU.
         picked = original.view(-1, head_dim).index_select(0, origin)
-        flat = cache.view(n_layers * rows, n_heads * head_dim)
+        flat = cache.view(-1, n_heads * head_dim)
         flat.index_copy_(0, target, picked.view(-1, n_heads * head_dim))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aircache_sglang.policy import columns, largest_remainder
 from aircache_sglang.runtime.choice import policy_of
-from aircache_sglang.runtime.compress import PassInputs, judge, keep
+from aircache_sglang.runtime.compress import PassInputs, copy_cells, judge, keep
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.kv_planes import absolute_rows
 from aircache_sglang.runtime.record import Replica, Segment
@@ -115,7 +115,7 @@ def pack_chain(inputs: PassInputs, job: Job, chain: Chain) -> None:
     kept = keep(found, alone.record, inputs.heads, [chain.columns])[0]
 
     k_all = inputs.k_all
-    n_layers, rows, n_heads, head_dim = k_all.shape
+    n_layers, rows = k_all.shape[:2]
     device, n_cells = k_all.device, n_layers * chain.total
     sources, older = older_cells(chain, n_layers)
     source = to_device(sources, device, torch.int64)
@@ -131,15 +131,9 @@ def pack_chain(inputs: PassInputs, job: Job, chain: Chain) -> None:
     packed = absolute_rows(cell, base.slots[: base.intent.columns], n_layers, rows)
     fresh = layer * rows + visual[ordinal]  # [H_kv, C]
     origin = torch.where(is_old, packed, fresh).transpose(0, 1)
-    head = torch.arange(n_heads, device=device)
-    origin = (origin * n_heads + head).reshape(-1)
     target = absolute_rows(torch.arange(n_cells, device=device), record.columns, n_layers, rows)
-    for cache in (k_all, inputs.v_all):
-        # torch copies no float8 by index on a CPU
-        bits = cache.view(torch.uint8) if cache.itemsize == 1 else cache
-        picked = bits.view(-1, head_dim).index_select(0, origin)
-        flat = bits.view(n_layers * rows, n_heads * head_dim)
-        flat.index_copy_(0, target, picked.view(-1, n_heads * head_dim))
+    caches = (k_all, inputs.v_all)
+    copy_cells(caches, caches, origin, target)
     inputs.enter(record, budgets)
 
     selected = None

@@ -20,13 +20,10 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     None skips this decode step, as in SGLang where finishing requests are about to free slots.
     """
     pressure, tree = process.compressor().pressure, batch.tree_cache
-    if not pressure.is_far(tree, batch):
-        finishing = set(scheduler._reqs_finishing_inflight(batch))
-        members = [i for i, req in enumerate(batch.reqs) if req not in finishing]
-        running = [batch.reqs[i] for i in members]
-        need = batch.new_tokens_required_next_decode(members)
-        # SGLang itself waits for the slots of those that finish.
-        if not finishing and not pressure.for_decode(tree, need, running):
+    # SGLang itself waits for the slots of requests that finish.
+    if not pressure.is_far(tree, batch) and not scheduler._reqs_finishing_inflight(batch):
+        need = batch.new_tokens_required_next_decode()
+        if not pressure.for_decode(tree, need, batch.reqs):
             # What was decided must not wait for a forward: rows would name slots of others.
             with scheduler.forward_stream_ctx:
                 scheduler.forward_stream.wait_stream(scheduler.schedule_stream)

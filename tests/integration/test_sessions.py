@@ -14,10 +14,11 @@ import pytest
 
 from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle, Selection, logprob_error
-from aircache_sglang.testing.prompts import PICTURE, Prompt, ask, picture, user_prompt, words
+from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import wait_idle
 from tests.integration.test_memory import settled_metrics
+from tests.support.chats import next_turn
 from tests.support.preloaded import PreloadedServer
 
 pytestmark = pytest.mark.server
@@ -41,13 +42,6 @@ def bounded(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Server
     start = Server if request.param == "two ranks" else PreloadedServer
     with start(checkpoint, [*FLAGS, *MODES[request.param]], env=STRICT_MEMORY_CHECKS) as server:
         yield server
-
-
-def next_turn(prompt: Prompt, answer: Any, *images: Any, seed: int) -> Prompt:
-    """The prompt that goes on with pictures and a question."""
-    text = answer["text"] + "<|im_end|>\n<|im_start|>user\n" + PICTURE * len(images)
-    text += words(4 + seed % 3, seed=seed) + "<|im_end|>\n<|im_start|>assistant\n"
-    return Prompt(prompt.text + text, (*prompt.images, *images))
 
 
 def assert_conversation_agrees(oracle: Oracle, prompt: Prompt, turns: list[Any]) -> None:
@@ -96,7 +90,7 @@ def test_a_conversation_with_a_picture_a_turn(bounded: Server, oracle: Oracle) -
         if turn == 4:
             # A turn without a picture extends the replica as ever.
             images = []
-        prompt = next_turn(prompt, answer, *images, seed=turn)
+        prompt = next_turn(prompt, answer, turn, *images)
     last = turns[-1]["meta_info"]["aircache"]
     assert last["session"][0]["columns"] == 0, "this test needs a picture that is gone"
     assert last["visual_tokens"] > 450

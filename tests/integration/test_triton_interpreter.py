@@ -14,8 +14,8 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.integration.test_sessions import assert_conversation_agrees, next_turn
-from tests.support.chats import compressed_chat
+from tests.integration.test_sessions import assert_conversation_agrees
+from tests.support.chats import compressed_chat, next_turn
 
 pytestmark = [
     pytest.mark.server,
@@ -85,6 +85,6 @@ def test_kernels_serve_a_bounded_conversation(triton_server: Server, oracle: Ora
         asked = {**bounded, "return_selection": True}
         turns.append(ask(triton_server, prompt, asked, max_new_tokens=3))
         assert_conversation_agrees(oracle, prompt, turns)
-        prompt = next_turn(prompt, turns[-1], picture(30 + turn, 8, 8), seed=turn)
+        prompt = next_turn(prompt, turns[-1], turn, picture(30 + turn, 8, 8))
     report = turns[-1]["meta_info"]["aircache"]
     assert [part["columns"] for part in report["session"]] == [0, 13]

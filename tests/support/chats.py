@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL import Image
+
 from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
-from aircache_sglang.testing.prompts import Prompt, ask, words
+from aircache_sglang.testing.prompts import PICTURE, Prompt, ask, words
 from aircache_sglang.testing.server import Server
 
 NEW_TOKENS = 6
 RETENTION = 0.3
 
 
-def next_turn(prompt: Prompt, answer: Any, seed: int) -> Prompt:
-    """The prompt that continues a chat."""
-    text = answer["text"] + "<|im_end|>\n<|im_start|>user\n" + words(3 + seed % 4, seed=seed)
-    return Prompt(prompt.text + text + "<|im_end|>\n<|im_start|>assistant\n", prompt.images)
+def next_turn(prompt: Prompt, answer: Any, seed: int, *images: Image.Image) -> Prompt:
+    """The prompt that continues a chat, with further pictures."""
+    text = answer["text"] + "<|im_end|>\n<|im_start|>user\n" + PICTURE * len(images)
+    text += words(3 + seed % 4, seed=seed) + "<|im_end|>\n<|im_start|>assistant\n"
+    return Prompt(prompt.text + text, (*prompt.images, *images))
 
 
 def question(server: Server, prompt: Prompt, **overrides: Any) -> Any:
