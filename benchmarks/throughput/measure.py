@@ -101,8 +101,8 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     batch_cpu_seconds: the same of the whole batch, whenever its client heard of a token.
     kv_peak, kv_decode: the pool's count at its highest, and its median while all decode.
     outputs: of all requests, as a hash; request_outputs: of each.
-    Raises ServerError if a request was not compressed as the cell says and the gate allows, and if
-    the requests did not decode together.
+    Raises ServerError if a request was not compressed as the cell says and the gate allows, if the
+    requests did not decode together, and if too little was seen of it.
     """
     client.flush_cache()
     body = batch(preset, cell)
@@ -133,6 +133,11 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     ]
     if not gaps:
         raise ServerError(f"{preset.tokens} tokens are too few for a batch to decode together")
+    if 2 * (count - first) < preset.tokens:
+        # What comes in one lump says nothing of the time between two.
+        raise ServerError(
+            f"the client saw {count - first} of {preset.tokens} tokens come, too late"
+        )
     metas = [chunk["meta_info"] for chunk in last]
     check_compression(cell, metas)
     report = metas[0].get("aircache")

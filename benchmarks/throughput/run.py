@@ -136,7 +136,7 @@ def servers(preset: Preset, clients: Mapping[str, Client]) -> Iterator[Servers]:
 
 
 class Attempts:
-    """Measurements that are tried twice: one odd cell does not end a run of many.
+    """Measurements that are tried three times: one odd cell does not end a run of many.
 
     A server that has ended does, and so does whatever is not the server's own error.
     """
@@ -147,7 +147,7 @@ class Attempts:
 
     def measure(self, key: Row, run: Callable[[], Row]) -> bool:
         """Whether the row is there now."""
-        for what in ("once more", "left out"):
+        for what in ("once more", "once more", "left out"):
             try:
                 self._results.measure(key, run)
                 return True
@@ -159,10 +159,10 @@ class Attempts:
         return False
 
     def check(self) -> None:
-        """Raise ServerError if something failed twice."""
+        """Raise ServerError if something failed each time."""
         if self._failed:
             raise ServerError(
-                f"{len(self._failed)} measurements failed twice; the first: {self._failed[0]}"
+                f"{len(self._failed)} measurements failed each time; the first: {self._failed[0]}"
             )
 
 

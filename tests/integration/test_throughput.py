@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(has_accelerator(), reason="for a machine without an accelerator"),
 ]
 VISUAL = 256
-TOKENS = 96  # so many that a batch decodes together on a busy machine, too
+TOKENS = 192  # so many that a batch decodes together on a busy machine, too
 
 
 @pytest.fixture(autouse=True)
