@@ -424,6 +424,16 @@ class AirCacheConfig:
                 f"{REQUEST_KEY}.min_visual_mass chooses the retention; drop {REQUEST_KEY}.retention"
             )
 
+    def needs_single_tokens(self) -> str | None:
+        """The knob that was turned and that pages of several tokens cannot serve; None for none.
+
+        A conversation's columns move between turns, and where text is evicted too, the end of a
+        prompt shares its page with nothing that stays.
+        """
+        if self.session_columns is not None:
+            return "session_columns"
+        return "ablation.audience" if self.ablation.audience == "all" else None
+
     def variant(self) -> tuple[Hashable, ...]:
         """What two requests must have in common to share one compressed replica."""
         size = self.retention if self.min_visual_mass is None else ("mass", self.min_visual_mass)

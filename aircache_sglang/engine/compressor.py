@@ -30,6 +30,7 @@ from aircache_sglang.runtime.decide import Intent, Reason, decide
 from aircache_sglang.runtime.decode import TorchDecoder
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.gate import CPU
+from aircache_sglang.runtime.pages import page_ceil
 from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.session import Chain, chain, originals_of, pack_chain
 from aircache_sglang.runtime.spans import Chunk
@@ -128,6 +129,7 @@ class Compressor:
                     room=room,
                     pad_floor=MM_PAD_SHIFT_VALUE,
                     costs=self.costs,
+                    page_size=self.pool.page_size,
                 )
             if isinstance(decision, Reason):
                 self.decline(req, decision)
@@ -203,7 +205,9 @@ class Compressor:
     def make_room(self, batch: Any) -> None:
         """Have the slots that admission has promised to a prefill batch."""
         need = sum(
-            len(req.full_untruncated_fill_ids) - req.prefix_len + self.slots_to_reserve(req, None)
+            page_ceil(len(req.full_untruncated_fill_ids), self.pool.page_size)
+            - req.prefix_len
+            + self.slots_to_reserve(req, None)
             for req in batch.reqs
         )
         self.pressure.for_prefill(batch.tree_cache, need, [*self._running, *batch.reqs])
@@ -335,7 +339,7 @@ class Compressor:
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
         prompt = record.intent.prompt
         assert record.budgets is not None, "a replica has its budgets"
-        assert chunk.start >= prompt.length, "a replica is extended behind its instruction"
+        assert chunk.start >= prompt.end, "a replica is extended behind its pictures"
         budgets = to_device(record.budgets.tolist(), self.pool.k_all.device, torch.int64)
         self.table.set(record.row, prompt.start, prompt.n_visual, budgets)
 

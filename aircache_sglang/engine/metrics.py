@@ -112,7 +112,7 @@ class Metrics:
         policy = record.intent.config.policy
         self._of(self._requests, policy).inc()
         self._of(self._visual, policy).inc(n_visual)
-        self._of(self._freed, policy).inc(n_visual - m)
+        self._of(self._freed, policy).inc(record.intent.n_freed)
         self._of(self._seconds, policy).inc(record.seconds)
         self._of(self._columns, policy).inc(m)
 
@@ -125,7 +125,7 @@ class Metrics:
         elif self._labels is not None:
             policy = record.intent.config.policy
             fewer = before.intent.columns - record.intent.columns
-            self._of(self._freed, policy).inc(fewer)
+            self._of(self._freed, policy).inc(record.intent.n_freed - before.intent.n_freed)
             self._of(self._columns, policy).dec(fewer)
 
     def packed_for(self, cause: str, requests: int, slots: int) -> None:

@@ -20,6 +20,7 @@ from aircache_sglang.engine.tree import Kind
 from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent, Reason
 from aircache_sglang.runtime.descend import Descent, descend, fill
+from aircache_sglang.runtime.pages import page_ceil
 from aircache_sglang.runtime.pressure import Candidate, Whole, next_to_pack, packable, together
 from aircache_sglang.runtime.record import CompressionRecord
 
@@ -162,7 +163,8 @@ class Pressure:
 
         Not where `running` can take no more slots than are free, whatever they answer.
         """
-        most = need + sum(remaining_tokens(req) for req in running)
+        page = tree.token_to_kv_pool_allocator.page_size
+        most = need + sum(page_ceil(remaining_tokens(req), page) for req in running)
         while need <= (free := free_slots(tree)) < most:
             chosen = next_to_pack(self._candidates(tree), free)
             if chosen is None or not chosen[0].is_whole:
@@ -176,10 +178,11 @@ class Pressure:
         for row, req in self._requests.items():
             intent, record = whole_of(req).intent, self._records.get(row)
             if record is None:
-                columns = tuple(m + intent.n_copies for _, m in intent.rungs)
+                columns = tuple(intent.at(r).n_extra for r in range(len(intent.rungs)))
                 whole.append(Whole(row, columns, parts_of(tree, req, intent)))
             elif record.rung + 1 < len(intent.rungs):
-                below = tuple(m for _, m in intent.rungs[record.rung + 1 :])
+                rungs = range(record.rung + 1, len(intent.rungs))
+                below = tuple(intent.at(rung).n_extra for rung in rungs)
                 yield Candidate((row,), record.rung + 1, below, record.extra.numel(), False)
         yield from together(whole)
 
@@ -218,7 +221,7 @@ class Pressure:
             tree.give_up_picture(req, record)
         else:
             self._decided.append((req, Descent(record, before.rung, before.columns)))
-            allocator.free(before.extra[intent.n_extra :])
+            allocator.free_segment(before.extra[intent.n_extra :], start_pos=intent.n_extra)
         self._metrics.packed(before, record)
 
 
@@ -237,7 +240,7 @@ def whole_of(req: Any) -> CompressionRecord:
 def parts_of(tree: Any, req: Any, intent: Intent) -> dict[Hashable, tuple[int, int]]:
     """What holds a request's pictures: by node of the tree, its slots and all that lock it."""
     if tree.disable:
-        return {req.kv.req_pool_idx: (intent.prompt.n_visual, 1)}
+        return {req.kv.req_pool_idx: (intent.n_given_up, 1)}
     node, parts = req.last_node, {}
     while node is not tree.root_node:
         if node.kind is Kind.VISUAL:

@@ -11,6 +11,7 @@ goes below the replica when it is finished, and the next turn extends both.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from aircache_sglang.engine.request import bare_spans_of
 from aircache_sglang.engine.tree import Node, Observer, Published, SpanTree, limited_key
 from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.pages import page_floor, without
 from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.table import gap_end
 
@@ -73,7 +75,7 @@ class AirCacheRadixCache(SpanTree):
         if intent.reuses:
             found = self.match_packed(
                 key,
-                prompt.start,
+                intent.replica_start,
                 intent.config.variant(),
                 prompt.end,
                 with_selection=intent.config.return_selection,
@@ -82,7 +84,7 @@ class AirCacheRadixCache(SpanTree):
                 # The turn before, behind which this one brings further pictures.
                 found = self.match_packed(
                     limited,
-                    prompt.start,
+                    intent.replica_start,
                     intent.config.variant(),
                     prompt.spans[0][1],
                     with_selection=intent.config.return_selection,
@@ -138,23 +140,21 @@ class AirCacheRadixCache(SpanTree):
     def _free_surplus(self, req: Any) -> None:
         surplus = self.requests.surplus.pop(req.kv.req_pool_idx, None)
         if surplus is not None:
-            self.token_to_kv_pool_allocator.free(surplus)
+            self.token_to_kv_pool_allocator.free_segment(surplus, start_pos=0)
 
     def _publish(self, req: Any, up_to: int, below: Node | None = None) -> None:
-        """Insert [0, up_to) of a request's row, point the row at the tree's slots and hold them."""
-        kv = req.kv
+        """Insert the whole pages of [0, up_to) of a request's row, point the row at the tree's
+        slots and hold them."""
+        kv, up_to = req.kv, page_floor(up_to, self.page_size)
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         node = self._insert(req, row[:up_to].to(torch.int64, copy=True), below).node
         self._repoint(kv, self.path_device_indices(node), [(kv.cache_protected_len, up_to)])
         self._hold(req, node, up_to, text_only=False)
 
     def _insert(self, req: Any, slots: torch.Tensor, below: Node | None = None) -> Published:
-        """Publish the first tokens of a request in `slots`, and free those that were duplicates."""
+        """Publish the first tokens of a request in `slots`, whole pages, and free those that were
+        duplicates."""
         length = len(slots)
-        offset = 0
-        if below is not None:
-            assert below.content is not None
-            offset = below.content.intent.prompt.length
         done = self.publish(
             self._key(req, length),
             slots,
@@ -162,13 +162,12 @@ class AirCacheRadixCache(SpanTree):
             priority=req.priority or 0,
             inserted_len=req.kv.cache_inserted_len,
             below=below,
-            offset=offset,
+            offset=0 if below is None else below.end,
         )
         req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, length)
         for start, end in done.duplicates:
-            self.token_to_kv_pool_allocator.free(
-                slots[max(start, req.kv.cache_protected_len) : end]
-            )
+            start = max(start, req.kv.cache_protected_len)
+            self.token_to_kv_pool_allocator.free_segment(slots[start:end], start_pos=start)
         return done
 
     def _publish_prompt(self, req: Any, record: CompressionRecord) -> None:
@@ -176,9 +175,10 @@ class AirCacheRadixCache(SpanTree):
 
         Of a unified prompt nothing is held: all that the request reads of it is in its columns.
         """
-        kv, prompt = req.kv, record.intent.prompt
-        node = self._insert(req, self._prompt_slots(req, record, prompt.length)).node
-        path = self.path_device_indices(node)
+        kv, prompt, published = req.kv, record.intent.prompt, record.intent.published
+        slots = self._prompt_slots(req, record, prompt.length)
+        node = self._insert(req, slots[:published]).node
+        path = torch.cat([self.path_device_indices(node), slots[published:]])
         start = min(kv.cache_protected_len, prompt.start)
         self._repoint(kv, path, [(start, prompt.start)])
         # Behind the gap stand the text between pictures, in order, and the instruction.
@@ -188,19 +188,20 @@ class AirCacheRadixCache(SpanTree):
         )
         record.release()
         held = self.root_node if prompt.is_unified else node
-        self._hold(req, held, prompt.length, text_only=True)
+        self._hold(req, held, published, text_only=True)
 
     def _publish_replica(self, req: Any, record: CompressionRecord) -> None:
         """Give the exact prompt up to the instruction to the tree, and columns and instruction.
 
-        If there is such a replica already, ours stays private.
+        If there is such a replica already, or the instruction ends before the page in which it
+        begins does, ours stays private.
         """
-        kv, prompt = req.kv, record.intent.prompt
-        exact = self._insert(req, self._prompt_slots(req, record, prompt.end)).node
-        head, length = self._follow(self.root_node, self._key(req, prompt.start), 0)
-        assert length == prompt.start, "the head was just inserted"
-        start = min(kv.cache_protected_len, prompt.start)
-        self._repoint(kv, self.path_device_indices(head), [(start, prompt.start)])
+        kv, first = req.kv, record.intent.replica_start
+        exact = self._insert(req, record.originals[: record.intent.published]).node
+        head, length = self._follow(self.root_node, self._key(req, first), 0)
+        assert length == first, "the head was just inserted"
+        start = min(kv.cache_protected_len, first)
+        self._repoint(kv, self.path_device_indices(head), [(start, first)])
         node = self._add_replica(req, record, head)
         if node is not None:
             self.mark_spare(exact, node)
@@ -212,31 +213,38 @@ class AirCacheRadixCache(SpanTree):
         given back but for what an earlier chunk has published below the older replica.
         """
         replica = req.last_node.replica
-        own = record.originals[req.kv.cache_protected_len :]
-        self.token_to_kv_pool_allocator.free(own)
+        self.token_to_kv_pool_allocator.free(record.originals[req.kv.cache_protected_len :])
         self._add_replica(req, record, replica.parent)
 
     def _add_replica(self, req: Any, record: CompressionRecord, head: Node) -> Node | None:
-        """Hang what a request has packed below `head`, and hold it there; None if it is there."""
-        prompt = record.intent.prompt
-        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-        replica = record.replica(row[prompt.end : prompt.length].to(torch.int64))
-        node = self.add_packed(head, self._key(req, prompt.length), prompt.start, replica)
+        """Hang what a request has packed below `head`, and hold it there; None if it is there, or
+        cannot be."""
+        intent, node = record.intent, None
+        start, end = intent.replica_start, intent.replica_end
+        if end >= intent.prompt.end:
+            slots = self._prompt_slots(req, record, end)
+            replica = record.replica(slots[page_floor(intent.prompt.end, self.page_size) :])
+            node = self.add_packed(head, self._key(req, end), start, replica)
         if node is None:
-            record.release(freed=prompt.end - prompt.start)
-            self._hold(req, head, prompt.start, text_only=False)
+            record.release(freed=intent.n_given_up)
+            self._hold(req, head, start, text_only=False)
         else:
             record.release(shared=True)
-            self._hold(req, node, prompt.length, text_only=False)
+            self._hold(req, node, end, text_only=False)
         return node
 
     def _free_visual(self, record: CompressionRecord) -> None:
         """Without a tree: give the visual slots back, and all that was copied."""
-        prompt = record.intent.prompt
-        originals = record.originals
-        freed = originals[prompt.start :] if record.intent.n_copies else prompt.visual_of(originals)
-        self.token_to_kv_pool_allocator.free(freed)
-        record.release(freed=len(freed))
+        self._free_positions(record.originals, 0, record.intent.given_up)
+        record.release(freed=record.intent.n_given_up)
+
+    def _free_positions(
+        self, slots: torch.Tensor, first: int, ranges: Iterable[tuple[int, int]]
+    ) -> None:
+        """Free ascending ranges of positions, each from a page boundary on; slots: from `first`."""
+        self.token_to_kv_pool_allocator.free_segments(
+            [(slots[start - first : end - first], start) for start, end in ranges]
+        )
 
     def _prompt_slots(self, req: Any, record: CompressionRecord, length: int) -> torch.Tensor:
         """The slots of the first tokens of a packed request's prompt, int64 [length]."""
@@ -286,20 +294,17 @@ class AirCacheRadixCache(SpanTree):
         if record is None:
             super().free_kv_row(kv, ranges)
             return
-        prompt = record.intent.prompt
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        is_released = record.stage is Stage.RELEASED
-        own_end = prompt.start if is_released else prompt.end
+        gone = record.intent.given_up if record.stage is Stage.RELEASED else ()
         for start, end in ranges:
-            # The row is rewritten from `start` of the gap up to `end` of the prompt's pictures.
-            self.token_to_kv_pool_allocator.free(record.originals[start : min(end, own_end)])
-            if is_released and not record.intent.n_copies and start <= prompt.start:
-                self.token_to_kv_pool_allocator.free(prompt.between_of(record.originals))
-            self.token_to_kv_pool_allocator.free(row[max(start, prompt.end) : end])
+            # The row is rewritten up to the end of the prompt's pictures.
+            slots = record.originals[start:end]
+            slots = torch.cat([slots, row[start + len(slots) : end].to(torch.int64)])
+            self._free_positions(slots, start, without(start, end, gone))
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         self._free_surplus(req)
         record = self.requests.forget(req)
         if record is not None and not record.shared:
-            self.token_to_kv_pool_allocator.free(record.extra)
+            self.token_to_kv_pool_allocator.free_segment(record.extra, start_pos=0)

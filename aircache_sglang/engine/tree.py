@@ -7,6 +7,10 @@ slots but with its children, until the next prefill of the same picture refills 
 through full KV and stops at a tombstone. Packed replicas hang below the text they follow under a
 key of their own, out of reach of a match by tokens.
 
+With pages of several tokens everything is cut at their boundaries: a page is visual if all its
+tokens are, prompt if all of them are of a prompt, and text that shares a page with a picture keeps
+that page.
+
 Nothing here knows requests; that is radix_cache.py.
 """
 
@@ -37,7 +41,9 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.utils import split_node_hash_value
 
+from aircache_sglang.runtime.pages import page_floor
 from aircache_sglang.runtime.record import Replica
 
 
@@ -214,15 +220,16 @@ class SpanTree(RadixCache):
 
         Of two that reach as far, the one with more of its text computed beside the full picture.
 
-        min_end: the replica has to reach this position. with_selection: and know its selection.
+        start: on a page boundary. min_end: the replica has to reach this position.
+        with_selection: and know its selection.
         """
-        if self.disable or start >= len(key):
+        if self.disable or start + self.page_size > len(key):
             return None
         head, length = self._follow(self.root_node, limited_key(key, start), 0)
         if length < start:
             return None
         best, furthest = None, (0, 0)
-        for node in head.packed.get((variant, key.child_key_at(start)), ()):
+        for node in head.packed.get((variant, key.child_key_at(start, self.page_size)), ()):
             size = len(node.key)
             assert node.content is not None
             if (
@@ -250,14 +257,13 @@ class SpanTree(RadixCache):
             node = child
         return node, offset
 
-    @staticmethod
-    def _walk(node: Node, key: RadixKey, offset: int) -> Iterator[tuple[Node, int]]:
+    def _walk(self, node: Node, key: RadixKey, offset: int) -> Iterator[tuple[Node, int]]:
         """The nodes with slots below `node` along key[offset:], and how much of each matches."""
-        while offset < len(key):
-            child = node.children.get(key.child_key_at(offset))
+        while offset + self.page_size <= len(key):
+            child = node.children.get(key.child_key_at(offset, self.page_size))
             if child is None or child.is_tombstone:
                 return
-            matched = child.key.match_at(key, offset)
+            matched = child.key.match_at(key, offset, self.page_size)
             yield child, matched
             if matched < len(child.key):
                 return
@@ -278,13 +284,13 @@ class SpanTree(RadixCache):
         """SGLang's interface to `publish`, for a key that is all prompt."""
         if self.disable:
             return InsertResult(prefix_len=0)
-        value = params.value
+        key, value = params.key.page_aligned(self.page_size), params.value
         if value is None:
-            value = torch.tensor(list(params.key), dtype=torch.int64)
+            value = torch.tensor(list(key), dtype=torch.int64)
         done = self.publish(
-            params.key,
-            value,
-            prompt_len=len(params.key),
+            key,
+            value[: len(key)],
+            prompt_len=len(key),
             priority=params.priority or 0,
             inserted_len=params.inserted_len,
         )
@@ -302,13 +308,14 @@ class SpanTree(RadixCache):
         below: Node | None = None,
         offset: int = 0,
     ) -> Published:
-        """Insert a key whose token i has the slot slots[i], int64 [len(key)].
+        """Insert a key of whole pages whose token i has the slot slots[i], int64 [len(key)].
 
         Tombstones on the way are refilled with the offered slots. Tokens from `prompt_len` on were
         generated; a node of generated text that this prompt runs through is promoted to PROMPT.
         With `below`, a node that ends at `offset`, insertion starts there.
         """
         node, now = below or self.root_node, self._tick()
+        page, prompt_len = self.page_size, page_floor(prompt_len, self.page_size)
         node.last_access_time = now
         duplicates: list[tuple[int, int]] = []
 
@@ -321,11 +328,11 @@ class SpanTree(RadixCache):
                 self._count(visit, 1)
 
         while offset < len(key):
-            child = node.children.get(key.child_key_at(offset))
+            child = node.children.get(key.child_key_at(offset, page))
             if child is None:
                 break
             child.last_access_time = now
-            end = offset + child.key.match_at(key, offset)
+            end = offset + child.key.match_at(key, offset, page)
             if child.kind is Kind.GENERATED and offset < prompt_len < end:
                 end = prompt_len
             if end - offset < len(child.key):
@@ -341,10 +348,10 @@ class SpanTree(RadixCache):
             visited(child, end)
             node, offset = child, end
         while offset < len(key):
-            kind, end = _segment(key, offset, prompt_len)
+            kind, end = _segment(key, offset, prompt_len, page)
             child = Node(kind, priority)
             child.key, child.value = key[offset:end], slots[offset:end].clone()
-            self._attach(node, child, key.child_key_at(offset))
+            self._attach(node, child, key.child_key_at(offset, page))
             visited(child, end)
             node, offset = child, end
         return Published(node, duplicates)
@@ -355,7 +362,7 @@ class SpanTree(RadixCache):
         The tree then owns the replica's slots. None if the same replica is there already, and
         knows its selection if the new one does.
         """
-        index = (replica.variant, key.child_key_at(start))
+        index = (replica.variant, key.child_key_at(start, self.page_size))
         siblings = head.packed.setdefault(index, [])
         for other in siblings:
             assert other.content is not None
@@ -417,14 +424,13 @@ class SpanTree(RadixCache):
         if child.value is not None:
             upper.value = child.value[:split_len].clone()
             child.value = child.value[split_len:].clone()
-        # One hash a token, where they were computed (page size 1).
+        # One hash a page, where they were computed.
         for name in ("hash_value", "event_hash_value"):
-            hashes = getattr(child, name)
-            if hashes is not None:
-                setattr(upper, name, hashes[:split_len])
-                setattr(child, name, hashes[split_len:])
+            halves = split_node_hash_value(getattr(child, name), split_len, self.page_size)
+            setattr(upper, name, halves[0])
+            setattr(child, name, halves[1])
         upper.parent.children[upper.place] = upper
-        child.parent, child.place = upper, child.key.child_key()
+        child.parent, child.place = upper, child.key.child_key(self.page_size)
         upper.children[child.place] = child
         self._update_leaf_status(upper)
         self._update_leaf_status(child)
@@ -514,7 +520,7 @@ class SpanTree(RadixCache):
         parent: Node = node.parent
         del parent.children[node.place]
         if node.content is not None:
-            index = (node.content.variant, node.key.child_key())
+            index = (node.content.variant, node.key.child_key(self.page_size))
             parent.packed[index].remove(node)
             if not parent.packed[index]:
                 del parent.packed[index]
@@ -619,16 +625,20 @@ class _Heaps:
         return heapq.heappop(heaps[0] if by_kind else min(heaps, key=lambda heap: heap[0]))[-1]
 
 
-def _segment(key: RadixKey, offset: int, prompt_len: int) -> tuple[Kind, int]:
-    """The kind of the token at `offset`, and where that kind ends."""
+def _segment(key: RadixKey, offset: int, prompt_len: int, page_size: int) -> tuple[Kind, int]:
+    """The kind of the page at `offset`, and where that kind ends."""
     ids, length = key.token_ids, len(key)
-    visual = ids[offset] >= MM_PAD_SHIFT_VALUE
+
+    def is_visual(at: int) -> bool:
+        return all(token >= MM_PAD_SHIFT_VALUE for token in ids[at : at + page_size])
+
+    visual = is_visual(offset)
     generated = not visual and offset >= prompt_len
     if not visual and not generated:
         length = min(length, prompt_len)
-    end = offset + 1
-    while end < length and (ids[end] >= MM_PAD_SHIFT_VALUE) == visual:
-        end += 1
+    end = offset + page_size
+    while end < length and is_visual(end) == visual:
+        end += page_size
     if visual:
         return Kind.VISUAL, end
     return (Kind.GENERATED if generated else Kind.PROMPT), end

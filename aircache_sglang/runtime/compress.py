@@ -77,21 +77,30 @@ class PassInputs:
         last = row[prompt.end : prompt.length - n_text]
         return torch.cat([row[: prompt.start], prompt.between_of(row), last])
 
-    def copy_text_between(self, record: CompressionRecord) -> list[torch.Tensor]:
+    def copy_text(self, record: CompressionRecord) -> list[torch.Tensor]:
         """Parts of int64 [n_between], the slots of the text between pictures.
 
-        A replica outlives that text: it is copied, and the slots are those of the copies.
+        A replica outlives the text in its region: it is copied, and the slots are the copies'.
         """
-        if not record.intent.n_copies:
-            return record.intent.prompt.between_parts(record.originals)
-        between = record.intent.prompt.between_of(record.originals)
-        self.k_all[:, record.copies] = self.k_all[:, between]
-        self.v_all[:, record.copies] = self.v_all[:, between]
-        return [record.copies]
+        intent, prompt = record.intent, record.intent.prompt
+        if not intent.n_copies:
+            return prompt.between_parts(record.originals)
+        head = record.originals[intent.replica_start : prompt.start]
+        source = torch.cat([head, *prompt.between_parts(record.originals)])
+        self.k_all[:, record.copies] = self.k_all[:, source]
+        self.v_all[:, record.copies] = self.v_all[:, source]
+        return [record.copies[intent.n_head_copies :]]
+
+    def enter_head(self, record: CompressionRecord) -> None:
+        """Let the row name the copies of the text in front of its gap."""
+        if record.intent.n_head_copies:
+            row, intent = self.table.req_to_token[record.row], record.intent
+            row[intent.replica_start : intent.prompt.start] = record.head_copies
 
     def enter(self, record: CompressionRecord, budgets: torch.Tensor) -> None:
         """Lay out the row's gap and enter it in the table; budgets: int64 [L] on the device."""
-        prompt, between = record.intent.prompt, torch.cat(self.copy_text_between(record))
+        prompt, between = record.intent.prompt, torch.cat(self.copy_text(record))
+        self.enter_head(record)
         row = self.table.req_to_token[record.row]
         row[prompt.start : prompt.end] = gap_entries(prompt, record.columns, between)
         self.table.set(record.row, prompt.start, prompt.n_visual, budgets)

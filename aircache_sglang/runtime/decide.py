@@ -14,6 +14,7 @@ from aircache_sglang.config import MASS_LADDER, AirCacheConfig
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.gate import CPU, Costs, pays_off
+from aircache_sglang.runtime.pages import page_ceil, page_floor, whole_pages
 from aircache_sglang.runtime.spans import (
     VisualPrompt,
     merge_spans,
@@ -35,6 +36,7 @@ class Reason(StrEnum):
     POLICY_NONE = "policy_none"
     FEW_VISUAL_TOKENS = "few_visual_tokens"
     KEEPS_ALL = "keeps_all"
+    NO_WHOLE_PAGES = "no_whole_pages"
     NO_DECODE = "no_decode"
     UNSUPPORTED_REQUEST = "unsupported_request"
     POOL_TOO_SMALL = "pool_too_small"
@@ -62,6 +64,7 @@ class Intent:
     salt: an integer drawn from the prompt.
     rungs: what it is packed to under pressure, one after the other, the last with the columns
         above; empty where it is packed at the end of its prefill.
+    page_size: tokens of a page of the pool, by which slots change hands.
     """
 
     config: AirCacheConfig
@@ -70,6 +73,7 @@ class Intent:
     retention: float | None = None
     salt: int = 0
     rungs: tuple[Rung, ...] = ()
+    page_size: int = 1
 
     def at(self, rung: int) -> Intent:
         """The same, packed to one of its rungs."""
@@ -82,14 +86,49 @@ class Intent:
         return self.config.reuse == "compressed"
 
     @property
+    def replica_start(self) -> int:
+        """The first position that a replica has a slot of its own for: a page boundary."""
+        return page_floor(self.prompt.start, self.page_size)
+
+    @property
+    def replica_end(self) -> int:
+        """One past the last; before `prompt.end` there is no replica."""
+        return page_floor(self.prompt.length, self.page_size)
+
+    @property
+    def n_head_copies(self) -> int:
+        """Copies of the text that shares its page with the first picture, for a replica."""
+        return self.prompt.start - self.replica_start if self.reuses else 0
+
+    @property
     def n_copies(self) -> int:
-        """Copies of the text between pictures: a replica outlives the exact text it stood in."""
-        return self.prompt.n_between if self.reuses else 0
+        """Copies of the text in a replica's region: it outlives the exact text it stood in."""
+        return self.n_head_copies + self.prompt.n_between if self.reuses else 0
 
     @property
     def n_extra(self) -> int:
-        """Slots to allocate for the columns and the copies."""
-        return self.columns + self.n_copies
+        """Slots to allocate for the columns and the copies, in whole pages."""
+        return page_ceil(self.columns + self.n_copies, self.page_size)
+
+    @property
+    def given_up(self) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of positions whose slots are given back once it is packed.
+
+        A page with text in it stays with the text, unless that is copied.
+        """
+        if self.reuses:
+            return whole_pages([(self.replica_start, self.prompt.end)], self.page_size)
+        return whole_pages(self.prompt.spans, self.page_size)
+
+    @property
+    def n_given_up(self) -> int:
+        """Slots of `given_up`."""
+        return sum(end - start for start, end in self.given_up)
+
+    @property
+    def n_freed(self) -> int:
+        """Slots that others may use once it is packed."""
+        return self.n_given_up - self.n_extra
 
     @property
     def match_limit(self) -> int:
@@ -103,8 +142,9 @@ class Intent:
 
     @property
     def published(self) -> int:
-        """Tokens of the prompt that the tree is given in exact KV."""
-        return self.prompt.end if self.reuses else self.prompt.length
+        """Tokens of the prompt that the tree is given in exact KV, in whole pages."""
+        end = self.prompt.end if self.reuses else self.prompt.length
+        return page_floor(end, self.page_size)
 
     @property
     def first_query(self) -> int:
@@ -192,23 +232,32 @@ def read_prompt(
     return VisualPrompt(spans=merged, length=length, n_visual=n_visual)
 
 
-def rungs_of(config: AirCacheConfig, n_visual: int) -> tuple[Rung, ...]:
-    """The rungs of so many visual tokens, each with fewer columns than the one before."""
+def rungs_of(intent: Intent) -> tuple[Rung, ...]:
+    """The rungs of a request, each with fewer slots than the one before."""
     rungs: list[Rung] = []
-    for retention in reversed(config.ladder()):
-        m = columns(retention, n_visual)
-        if (rungs[-1].columns if rungs else 0) < m < n_visual:
+    held = 0
+    for retention in reversed(intent.config.ladder()):
+        m = columns(retention, intent.prompt.n_visual)
+        at = dataclasses.replace(intent, columns=m)
+        if held < at.n_extra < intent.n_given_up:
+            held = at.n_extra
             rungs.append(Rung(retention, m))
     return tuple(reversed(rungs))
 
 
 def decide(
-    asked: Asked, config: AirCacheConfig, *, room: int, pad_floor: int, costs: Costs = CPU
+    asked: Asked,
+    config: AirCacheConfig,
+    *,
+    room: int,
+    pad_floor: int,
+    costs: Costs = CPU,
+    page_size: int = 1,
 ) -> Intent | Reason | None:
     """An intent, a reason to leave a request with pictures alone, or None without pictures.
 
     config: the server's; room: slots of the pool that one request may fill; pad_floor: see
-    `read_prompt`; costs: of a pass on this device.
+    `read_prompt`; costs: of a pass on this device; page_size: of the pool.
     """
     prompt = read_prompt(
         asked.input_ids,
@@ -240,14 +289,18 @@ def decide(
         m = min(m, config.session_columns, prompt.n_visual - 1)
     if asked.max_new_tokens <= 1:
         return Reason.NO_DECODE
-    if not asked.supported:
+    if not asked.supported or (page_size > 1 and config.needs_single_tokens()):
         return Reason.UNSUPPORTED_REQUEST
     intent = Intent(
         *(config, prompt, m),
         salt=zlib.crc32(array("q", asked.input_ids).tobytes()),
-        rungs=rungs_of(config, prompt.n_visual) if config.when == "pressure" else (),
         retention=retention if config.session_columns is not None else None,
+        page_size=page_size,
     )
+    if intent.n_freed <= 0:
+        return Reason.NO_WHOLE_PAGES
+    if config.when == "pressure":
+        intent = dataclasses.replace(intent, rungs=rungs_of(intent))
     # A request that only fits an empty pool without its columns would wait for ever.
     if prompt.length + asked.reserved + intent.n_extra >= room:
         return Reason.POOL_TOO_SMALL

@@ -42,7 +42,7 @@ def descend(inputs: PassInputs, descent: Descent) -> None:
 def fill(inputs: PassInputs, descent: Descent) -> None:
     """Copy what the replica of a request holds that has given its row back since; no host sync."""
     _copy_cells(inputs, descent)
-    inputs.copy_text_between(descent.record)
+    inputs.copy_text(descent.record)
 
 
 def _copy_cells(inputs: PassInputs, descent: Descent) -> Ladder:

@@ -170,7 +170,7 @@ class KernelPass:
             group.column_indices,
             max_columns=max(group.m),
         )
-        between = [part for record in group.records for part in inputs.copy_text_between(record)]
+        between = [part for record in group.records for part in inputs.copy_text(record)]
         lay_out_rows(
             inputs.table.tables,
             group.rows,
@@ -181,6 +181,8 @@ class KernelPass:
             group.between_indptr,
             torch.cat(between),
         )
+        for record in group.records:
+            inputs.enter_head(record)
         self._finish(group, budgets, masses, selected)
 
     def _score(self, group: Group, window: int, alpha: float) -> torch.Tensor:

@@ -34,8 +34,8 @@ class Replica:
     """A compressed visual region and the instruction that it was scored with, in the radix tree.
 
     variant: what was asked for, so that replicas of one picture live side by side.
-    slots: int64, owned by the tree: columns, copies of the text between pictures, then the text
-        from `prompt.end` to `prompt.length`.
+    slots: int64, owned by the tree: the request's `extra`, then those of the positions from the
+        start of the page of `prompt.end` to `replica_end`.
     budgets, mass, selected: of the record that packed it; `selected` only if that request asked
         for it.
     segments: the turns whose pictures it holds, the oldest first.
@@ -50,9 +50,12 @@ class Replica:
     segments: tuple[Segment, ...]
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """The entries [prompt.start, prompt.length) of a row that extends this replica."""
-        m = self.intent.columns
-        return gap_entries(self.intent.prompt, slots[:m], slots[m:])
+        """The entries [replica_start, replica_end) of a row that extends this replica."""
+        intent, prompt = self.intent, self.intent.prompt
+        m, n_head = intent.columns, intent.n_head_copies
+        head, between = slots[m : m + n_head], slots[m + n_head : m + intent.n_copies]
+        tail = slots[intent.n_extra + prompt.end % intent.page_size :]
+        return torch.cat([head, gap_entries(prompt, slots[:m], torch.cat([between, tail]))])
 
 
 class Stage(enum.Enum):
@@ -74,8 +77,9 @@ class CompressionRecord:
     row: the request's index in `req_to_token`.
     originals: int64 [prompt.end], the slots in which the prefill wrote, or found, the prompt;
         empty if a replica was extended.
-    extra: int64 [n_extra], first the columns, then the copies of the text between pictures. Owned
-        by the request until its row is released, or by the tree if `shared`.
+    extra: int64 [n_extra], first the columns, then the copies of the text in front of the first
+        picture and between pictures, and what is left of the last page. Owned by the request until
+        its row is released, or by the tree if `shared`.
     released: row entries from `cache_protected_len` on whose slots the request no longer owns.
     reused: the columns are those of a replica that an earlier turn left.
     exact_tail: text beyond the prompt was computed beside the full picture (a retracted request, or
@@ -136,8 +140,14 @@ class CompressionRecord:
 
     @property
     def copies(self) -> torch.Tensor:
-        """int64 [n_between] slots of the copied text."""
-        return self.extra[self.intent.columns :]
+        """int64 [n_copies] slots of the copied text."""
+        m = self.intent.columns
+        return self.extra[m : m + self.intent.n_copies]
+
+    @property
+    def head_copies(self) -> torch.Tensor:
+        """int64 [n_head_copies], those of the text in front of the first picture."""
+        return self.copies[: self.intent.n_head_copies]
 
     def private_tokens(self, stock: int) -> int:
         """Slots this request owns outside the tree, given what stock SGLang would count."""
@@ -147,10 +157,9 @@ class CompressionRecord:
 
     def settle(self, m: int, retention: float) -> None:
         """The pass has chosen its size: keep m of the columns; with m = 0 no extra slot."""
-        copies = self.copies if m else self.extra[:0]
-        self.surplus = self.extra[m : self.intent.columns if m else None]
-        self.extra = torch.cat([self.extra[:m], copies])
         self.intent = dataclasses.replace(self.intent, columns=m, retention=retention)
+        needed = self.intent.n_extra if m else 0
+        self.extra, self.surplus = self.extra[:needed], self.extra[needed:]
 
     def packed(
         self, budgets: torch.Tensor, mass: torch.Tensor, selected: torch.Tensor | None
@@ -159,7 +168,7 @@ class CompressionRecord:
         self.budgets, self.mass, self.selected = budgets, mass, selected
 
     def replica(self, text: torch.Tensor) -> Replica:
-        """What it leaves in the tree; text: int64, slots of [prompt.end, prompt.length)."""
+        """What it leaves in the tree; text: int64, see `Replica.slots`."""
         assert self.budgets is not None, "a replica of a request whose pass has not run"
         slots = torch.cat([self.extra, text])
         variant = self.intent.config.variant()
@@ -215,11 +224,11 @@ class CompressionRecord:
     def report(self) -> dict[str, Any]:
         """The request's `meta_info["aircache"]`. Waits for the device if the pass still runs."""
         assert self.budgets is not None and self.mass is not None, "a report needs a finished pass"
-        budgets, prompt = self.budgets.tolist(), self.intent.prompt
+        budgets = self.budgets.tolist()
         info = self._described() | {
             "retention": self.intent.retention or self.intent.config.retention,
             "columns": self.intent.columns,
-            "slots_freed": prompt.n_visual - self.intent.columns,
+            "slots_freed": self.intent.n_freed,
             "layer_budgets": budgets,
             "visual_mass": round(float(self.mass), 6),
             "rung": self.rung,

@@ -15,7 +15,12 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
         _, config = process.policy_in_force()
-        config.with_overrides(params.get("custom_params"))
+        config = config.with_overrides(params.get("custom_params"))
+        page_size, knob = manager.server_args.page_size, config.needs_single_tokens()
+        if page_size > 1 and knob is not None:
+            raise ValueError(
+                f"{REQUEST_KEY}.{knob} needs --page-size 1, and this server has {page_size}"
+            )
 
 
 def update_request_meta_info(

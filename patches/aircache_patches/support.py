@@ -24,7 +24,6 @@ ARCHITECTURES = (
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("page_size", 1, "--page-size"),
     ("enable_mixed_chunk", False, "--enable-mixed-chunk"),
     ("speculative_algorithm", None, "--speculative-algorithm"),
     ("disaggregation_mode", "null", "--disaggregation-mode"),
@@ -92,6 +91,11 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield (
             f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; "
             "use auto, bf16 or fp8_e4m3"
+        )
+    if view.page_size > 1 and server_args.aircache_session_columns is not None:
+        yield (
+            f"{policy} does not work with --aircache-session-columns and --page-size "
+            f"{view.page_size}; use --page-size 1"
         )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"

@@ -33,16 +33,29 @@ def cached(answer: Any) -> int:
     return int(answer["meta_info"]["cached_tokens"])
 
 
-def carried(oracle: Oracle, first: Prompt, prompt: Prompt, answer: Any, selection: Any) -> float:
-    """The largest difference from Transformers, which carries the masked cache across turns."""
+def carried(
+    oracle: Oracle,
+    first: Prompt,
+    prompt: Prompt,
+    answer: Any,
+    selection: Any,
+    *,
+    exact: int | None = None,
+) -> float:
+    """The largest difference from Transformers, which carries the masked cache across turns.
+
+    exact: tokens of the first prompt that were computed beside the whole picture; None for all.
+    """
     inputs, whole = (
         oracle.encode(first.text, first.images),
         oracle.encode(prompt.text, prompt.images),
     )
     head, ids = inputs["input_ids"][0].tolist(), whole["input_ids"][0].tolist()
     assert ids[: len(head)] == head and answer["meta_info"]["prompt_tokens"] == len(ids)
-    # All that follows the first prompt has seen only what was kept of the picture.
-    trace = oracle.run(inputs, ids[len(head) :] + answer["output_ids"], selection)
+    # All that follows has seen only what was kept of the picture.
+    packed_at = 1 if exact is None else exact - len(head) + 1
+    tokens = ids[len(head) :] + answer["output_ids"]
+    trace = oracle.run(inputs, tokens, packs=[(packed_at, selection)])
     steps = answer["meta_info"]["output_token_logprobs"]
     top = answer["meta_info"]["output_top_logprobs"]
     rows = trace.logprobs[-len(steps) :]
@@ -54,10 +67,20 @@ def carried(oracle: Oracle, first: Prompt, prompt: Prompt, answer: Any, selectio
 
 
 def compressed_chat(
-    server: Server, oracle: Oracle, prompt: Prompt, turns: int, long_turn: int = -1
+    server: Server,
+    oracle: Oracle,
+    prompt: Prompt,
+    turns: int,
+    long_turn: int = -1,
+    *,
+    page: int = 1,
 ) -> None:
-    """Check every turn of a chat with compressed sharing; after `long_turn` much text follows."""
-    first, selection, length = prompt, None, 0
+    """Check every turn of a chat with compressed sharing; after `long_turn` much text follows.
+
+    page: of the server. What of the first prompt is behind its last whole page goes to the tree
+    with the first answer that fills the page, or is computed again by the next turn.
+    """
+    first, selection, length, exact = prompt, None, 0, None
     overrides = {"reuse": "compressed", "return_selection": True}
     for turn in range(turns):
         answer = question(server, prompt, **overrides)
@@ -65,12 +88,16 @@ def compressed_chat(
         if turn == 0:
             selection = report["selection"]
         assert report["selection"] == selection and report["reused"] == (turn > 0)
-        error = carried(oracle, first, prompt, answer, selection)
+        error = carried(oracle, first, prompt, answer, selection, exact=exact)
         assert error < LOGPROB_TOLERANCE, f"turn {turn}: {error:.2e}"
         if turn:
             # All of the last turn but its last token, which was never fed back.
-            assert cached(answer) == length - 1
-        length = answer["meta_info"]["prompt_tokens"] + NEW_TOKENS
+            assert cached(answer) == (length - 1) // page * page
+        n_prompt = answer["meta_info"]["prompt_tokens"]
+        length = n_prompt + NEW_TOKENS
+        if turn == 0:
+            in_pages = (length - 1) // page * page
+            exact = n_prompt if in_pages > n_prompt else n_prompt // page * page
         prompt = next_turn(prompt, answer, turn)
         if turn == long_turn:
             prompt = Prompt(prompt.text + words(300, seed=3), prompt.images)

@@ -37,6 +37,7 @@ from sglang.srt.managers.schedule_batch import (
     ReqKvInfo,
 )
 from sglang.srt.mem_cache import common
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -154,12 +155,18 @@ class World:
         rows: int = 8,
         pin_text: float = 0.5,
         when: str = "prefill",
+        page: int = 1,
     ) -> None:
+        self.page = page
         self.pool = LayerContiguousKVPool(
-            size, 1, torch.float32, KV_HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False
+            size, page, torch.float32, KV_HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False
         )
-        self.allocator = TokenToKVPoolAllocator(
-            size, torch.float32, "cpu", self.pool, need_sort=False
+        self.allocator = (
+            TokenToKVPoolAllocator(size, torch.float32, "cpu", self.pool, need_sort=False)
+            if page == 1
+            else PagedTokenToKVPoolAllocator(
+                *(size, page, torch.float32, "cpu", self.pool), need_sort=False
+            )
         )
         self.rows = ReqToTokenPool(rows, 256, "cpu", enable_memory_saver=False)
         compressor = Compressor.__new__(Compressor)
@@ -195,7 +202,7 @@ class World:
                 disable=disable,
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=self.allocator,
-                page_size=1,
+                page_size=page,
             ),
             compressor,
             pin_text,
@@ -229,7 +236,8 @@ class World:
             req.prefix_len = req.kv.cache_protected_len = found.device_prefix_len
             req.last_node = found.last_device_node
         extend = min(chunk, total - req.prefix_len)
-        need = extend + (self.compressor.slots_to_reserve(req, extend) if reserve else 0)
+        need = self._slots(req.prefix_len, req.prefix_len + extend)
+        need += self.compressor.slots_to_reserve(req, extend) if reserve else 0
         lock = self.tree.lock(req.last_node) if first else None
         self.pressure.recount()
         room = self.free_or_evictable() + self.pressure.promised(self.tree)
@@ -245,7 +253,7 @@ class World:
         req.extend_batch_idx += 1
         self.compressor._running = self.running()
         self.compressor.make_room(SimpleNamespace(reqs=[req], tree_cache=self.tree))
-        slots = self._alloc(extend)
+        slots = self._alloc(req, extend)
         assert slots is not None, "admission was promised more than packing wins"
         where = slice(req.prefix_len, req.extend_end)
         self.rows.write((req.kv.req_pool_idx, where), slots.int())
@@ -275,9 +283,22 @@ class World:
         self.pressure.for_prefill(self.tree, need, self.running())
         self.pressure.launch()
 
-    def _alloc(self, n: int) -> torch.Tensor | None:
-        common.evict_from_tree_cache(self.tree, n)
-        slots: torch.Tensor | None = self.allocator.alloc(n)
+    def _slots(self, length: int, longer: int) -> int:
+        """Slots that a row of `length` tokens takes to grow."""
+        return (-(-longer // self.page) + -length // self.page) * self.page
+
+    def _alloc(self, req: FakeReq, n: int) -> torch.Tensor | None:
+        """Of the next n tokens behind those that are computed (mem_cache/common.py)."""
+        length = max(req.prefix_len, req.kv.kv_allocated_len)
+        common.evict_from_tree_cache(self.tree, self._slots(length, length + n))
+        slots: torch.Tensor | None
+        if self.page == 1:
+            slots = self.allocator.alloc(n)
+        else:
+            row = self.rows.req_to_token[req.kv.req_pool_idx]
+            last = row[length - 1 : length] if length else torch.tensor([-1])
+            before, after = torch.tensor([length]), torch.tensor([length + n])
+            slots = self.allocator.alloc_extend(before, before, after, after, last.long(), n)
         return slots
 
     def _forward(self, req: FakeReq, extend: int) -> None:
@@ -308,12 +329,12 @@ class World:
 
     def decode(self, req: FakeReq) -> bool:
         """Launch one step; its slot is allocated, its token known only to the next `result`."""
-        self.pressure.for_decode(self.tree, 1, self.running())
+        length = req.kv.kv_allocated_len
+        self.pressure.for_decode(self.tree, self._slots(length, length + 1), self.running())
         self.pressure.launch()
-        slots = self._alloc(1)
+        slots = self._alloc(req, 1)
         if slots is None:
             return False
-        length = req.kv.kv_allocated_len
         self.rows.write((req.kv.req_pool_idx, length), slots.int())
         req.kv.kv_allocated_len = req.kv.kv_committed_len = length + 1
         record = self.compressor.records.get(req.kv.req_pool_idx)
@@ -367,29 +388,42 @@ class World:
         kv = req.kv
         if not kv.holds_kv:
             return []
-        row = self.rows.req_to_token[kv.req_pool_idx].tolist()
+        slots = dict(enumerate(self.rows.req_to_token[kv.req_pool_idx].tolist()))
         record = self.compressor.records.get(kv.req_pool_idx)
-        surplus = self.compressor.surplus.get(kv.req_pool_idx, torch.empty(0)).tolist()
-        if record is None:
-            return surplus + row[kv.cache_protected_len : kv.kv_allocated_len]
-        prompt = record.intent.prompt
-        behind = surplus + row[max(prompt.end, kv.cache_protected_len) : kv.kv_allocated_len]
-        if not record.shared:
-            behind += record.extra.tolist()
-        if record.stage is Stage.PREFILLED:
-            return behind + record.originals[kv.cache_protected_len :].tolist()
-        if self.tree.disable:
-            behind += record.originals[: prompt.start].tolist()
-            if not record.intent.n_copies:
-                behind += record.originals[between_positions(prompt)].tolist()
-        return behind
+        owned = self.compressor.surplus.get(kv.req_pool_idx, torch.empty(0)).tolist()
+        gone: set[int] = set()
+        if record is not None:
+            slots |= dict(enumerate(record.originals.tolist()))
+            owned += [] if record.shared else record.extra.tolist()
+            if record.stage is Stage.RELEASED:
+                gone = self.given_up(record.intent)
+        positions = set(range(kv.cache_protected_len, kv.kv_allocated_len)) - gone
+        return self.expand(owned + [slots[position] for position in positions])
+
+    def given_up(self, intent: Intent) -> set[int]:
+        """Positions of a packed request whose pages hold nothing that it needs."""
+        needed = between_positions(intent.prompt).tolist() if not intent.reuses else []
+        start = intent.prompt.start // self.page * self.page
+        before = range(start if intent.reuses else intent.prompt.start)
+        needed += [*before, *range(intent.prompt.end, intent.prompt.length + self.page)]
+        pages = {position // self.page for position in needed}
+        return {p for p in range(intent.prompt.end) if p // self.page not in pages}
+
+    def expand(self, slots: list[int]) -> list[int]:
+        """All slots of the pages of these."""
+        pages = sorted({slot // self.page for slot in slots})
+        return [page * self.page + i for page in pages for i in range(self.page)]
 
     def check(self) -> None:
-        free = self.allocator.get_all_free_pages().tolist()
+        free = [
+            page * self.page + i
+            for page in self.allocator.get_all_free_pages().tolist()
+            for i in range(self.page)
+        ]
         cached = [slot for node, _ in self.nodes() if node.size for slot in node.value.tolist()]
         owned = [slot for req in self.live for slot in self.owned(req)]
         everything = sorted(free + cached + owned)
-        assert everything == list(range(1, self.allocator.size + 1)), (
+        assert everything == list(range(self.page, self.allocator.size + self.page)), (
             f"{len(free)} free + {len(cached)} cached + {len(owned)} owned"
         )
         assert len(cached) == self.tree.evictable_size() + self.tree.protected_size()
@@ -402,7 +436,7 @@ class World:
             row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len]
             assert not set(row.tolist()) & set(free), "a row names a slot that is free"
             # SGLang's busy check counts this much.
-            stock = req.kv.kv_allocated_len - req.kv.cache_protected_len
+            stock = self._slots(0, req.kv.kv_allocated_len) - req.kv.cache_protected_len
             private = self.compressor.private_tokens(req.kv.req_pool_idx, stock)
             assert private == len(self.owned(req))
         rows = {req.kv.req_pool_idx for req in self.live if req.kv.holds_kv}
@@ -418,11 +452,18 @@ class World:
         positions = list(range(first, len(tokens)))
         beside = None
         if node.content is not None:
-            prompt, m = node.content.intent.prompt, node.content.intent.columns
-            assert prompt.length == len(tokens)
+            intent, prompt = node.content.intent, node.content.intent.prompt
+            m = intent.columns
+            assert prompt.length - self.page < len(tokens) <= prompt.length
+            assert first % self.page == 0
+            # The pictures' last tokens share a page with the instruction.
+            tokens = tuple([*tokens, *[0] * self.page])
             self._check_columns(prompt, slots[:m], tokens)
-            text = [*between_positions(prompt).tolist(), *range(prompt.end, prompt.length)]
-            slots, positions = slots[m:], text
+            tail = range(prompt.end // self.page * self.page, prompt.length)
+            tail = tail[: len(slots) - intent.n_extra]
+            positions = [*range(intent.replica_start, prompt.start)]
+            positions += [*between_positions(prompt).tolist(), *tail]
+            slots = slots[m : m + intent.n_copies] + slots[intent.n_extra :]
         elif node.replica is not None:
             assert node.replica.content is not None
             beside = node.replica.content.intent
@@ -430,7 +471,11 @@ class World:
             return
         for position, slot in zip(positions, slots, strict=True):
             prefix = tokens[: position + 1]
-            value = truth(prefix) if beside is None else lossy(beside, prefix)
+            # The end of an instruction that fills no page of its replica may be either.
+            exact = beside is None or (
+                position < beside.prompt.length and self._holds(slot, truth(prefix))
+            )
+            value = truth(prefix) if exact else lossy(beside, prefix)
             assert self._holds(slot, value), "the tree holds lossy or stale KV"
 
     def _check_row(self, req: FakeReq) -> None:
@@ -452,7 +497,7 @@ class World:
                 del places[p]
             for j, p in enumerate(between_positions(prompt).tolist()):
                 places[p] = gap_end + j
-            lossy_from = prompt.length if record.reused else req.extend_end
+            lossy_from = record.intent.replica_end if record.reused else req.extend_end
             if packs := state_of(req).packs:
                 lossy_from = len(req.origin_input_ids) + packs[0].packed_at - 1
             if record.stage is Stage.PREFILLED:
@@ -461,6 +506,12 @@ class World:
         for position, place in places.items() if not turns else ():
             prefix = tokens[: position + 1]
             exact = record is None or position < lossy_from
+            if (
+                record is not None
+                and record.reused
+                and position in range(lossy_from, prompt.length)
+            ):
+                exact = self._holds(row[place], truth(prefix))
             value = truth(prefix) if exact else lossy(record.intent, prefix)
             assert self._holds(row[place], value), "a row names wrong KV"
 
@@ -1070,10 +1121,11 @@ class Scheduler(RuleBasedStateMachine):
 
     disable = False
     when = "prefill"
+    page = 1
 
     @initialize(size=st.sampled_from([36, 60, 100]))
     def start(self, size: int) -> None:
-        self.world = World(size, disable=self.disable, rows=4, when=self.when)
+        self.world = World(size, disable=self.disable, rows=4, when=self.when, page=self.page)
         # What could be continued: conversation, pictures, configuration.
         self.past: list[tuple[list[int], Any, Any]] = []
 
@@ -1233,11 +1285,28 @@ class SchedulerUnderPressureWithoutTree(SchedulerUnderPressure):
     disable = True
 
 
+class Pages(Scheduler):
+    page = 4
+
+
+class PagesWithoutTree(SchedulerWithoutTree):
+    page = 4
+
+
+class PagesUnderPressure(SchedulerUnderPressure):
+    page = 4
+
+
+class PagesUnderPressureWithoutTree(SchedulerUnderPressureWithoutTree):
+    page = 4
+
+
 @pytest.mark.parametrize(
     "machine",
     [
         *(Scheduler, SchedulerWithoutTree),
         *(SchedulerUnderPressure, SchedulerUnderPressureWithoutTree, Conversations),
+        *(Pages, PagesWithoutTree, PagesUnderPressure, PagesUnderPressureWithoutTree),
     ],
 )
 def test_slots_are_conserved_in_any_order(machine: type[Scheduler]) -> None:
