@@ -297,14 +297,25 @@ class Compressor:
         return Work(records=[*records, *[None] * len(beams)])
 
     def _prefill_work(self, batch: Any) -> Work:
-        """What a prefill keeps, adds up and extends; what extends a replica is not scored."""
-        self.table.clear(batch.req_pool_indices)
+        """What a prefill keeps, adds up and extends; what extends a replica is not scored.
+
+        With --enable-mixed-chunk the requests that decode stand behind those of the prefill
+        (schedule_batch.py, mix_with_running): to a packed one its new token is an extension.
+        """
+        n_decoding = len(batch.decoding_reqs or ())
+        decoding = {id(req) for req in batch.decoding_reqs or ()}
+        self.table.clear(batch.req_pool_indices[: len(batch.reqs) - n_decoding])
         queries = BatchStash(self.pool.layer_num)
         sums: list[SumWork] = []
         extends: list[ExtendJob] = []
         for req, chunk in chunks(batch):
-            row, intent = req.kv.req_pool_idx, self._scored(req)
+            row = req.kv.req_pool_idx
             record = self.records.get(row)
+            if id(req) in decoding:
+                if record is not None:
+                    extends.append(ExtendJob(record, chunk.start, chunk.end, chunk.rows))
+                continue
+            intent = self._scored(req)
             if record is not None and record.reused:
                 self._enter_replica(record, chunk)
                 extends.append(ExtendJob(record, chunk.start, chunk.end, chunk.rows))

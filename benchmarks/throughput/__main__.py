@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
         "--when",
         choices=("prefill", "pressure"),
         default="prefill",
-        help="with --capacity: `pressure` measures the retentions packed under pressure too",
+        help="`pressure` with --capacity: the retentions packed under pressure too; with "
+        "--retention 1: requests that a pool with room leaves whole",
     )
     top.add_argument(
         "--load",
@@ -117,7 +118,7 @@ def unread(arguments: argparse.Namespace) -> str | None:
         "--rounds": arguments.rounds and arguments.load,
         "--rate": arguments.rate and not arguments.load,
         "--mode": arguments.mode and not arguments.load,
-        "--when": arguments.when != "prefill" and not arguments.capacity,
+        "--when": arguments.when != "prefill" and arguments.load,
     }
     asked = "the sweep" if sweep else "--load" if arguments.load else "--capacity"
     return next((f"{asked} does not read {name}" for name, wrong in given.items() if wrong), None)
@@ -158,7 +159,9 @@ def chosen(arguments: argparse.Namespace) -> tuple[Row, Callable[[Results], None
         "rounds": arguments.rounds,
     }
     preset = dataclasses.replace(
-        PRESETS[arguments.preset], **{name: value for name, value in narrowed.items() if value}
+        PRESETS[arguments.preset],
+        when=arguments.when,
+        **{name: value for name, value in narrowed.items() if value},
     )
     preset.check()
     said = run.about(preset, clients)

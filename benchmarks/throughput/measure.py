@@ -21,7 +21,7 @@ from PIL import Image
 from aircache_sglang.testing import Client, LoadWatch, Server, ServerError, png_data_url
 from aircache_sglang.testing.prompts import words
 from benchmarks.records import Row
-from benchmarks.throughput.plan import INSTRUCTION_TOKENS, Cell, GateCell, Preset
+from benchmarks.throughput.plan import GATE_RETENTION, INSTRUCTION_TOKENS, Cell, GateCell, Preset
 
 TOKEN_PIXELS = 28
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -82,10 +82,13 @@ def warm_up(client: Client, preset: Preset, settings: Collection[float | None]) 
 def batch(preset: Preset, cell: Cell) -> dict[str, Any]:
     """The request of a cell."""
     urls = batch_pictures(preset, cell)
+    overrides: dict[str, Any] = {}
+    if preset.when == "pressure" and cell.retention == 1.0:
+        overrides = {"retention": GATE_RETENTION, "when": preset.when}
     return {
         "text": [prompt(len(urls[0]))] * cell.batch,
         "image_data": urls,
-        "sampling_params": sampling(preset.tokens, cell.retention),
+        "sampling_params": sampling(preset.tokens, cell.retention, **overrides),
     }
 
 
@@ -154,7 +157,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
         "batch_cpu_seconds": None if before is None else cpu[-1] - before,
         "kv_peak": watch.most("num_used_tokens"),
         "kv_decode": statistics.median(in_use) if in_use else None,
-        "columns": report["columns"] if report else None,
+        "columns": report["columns"] or None if report else None,
         "reason": metas[0].get("aircache_reason"),
         "outputs": digest([chunk["output_ids"] for chunk in last]),
         "request_outputs": [digest(chunk["output_ids"]) for chunk in last],
@@ -165,7 +168,7 @@ def sampling(tokens: int, retention: float | None, **overrides: Any) -> dict[str
     """Greedy, to the last token; retention None asks for nothing of ours."""
     params: dict[str, Any] = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
     if retention is not None:
-        params["custom_params"] = {"aircache": {"retention": retention, **overrides}}
+        params["custom_params"] = {"aircache": {"retention": retention} | overrides}
     return params
 
 
@@ -205,7 +208,8 @@ def check_compression(cell: Cell, metas: list[dict[str, Any]]) -> None:
     """Raise ServerError for answers that a cell's name would belie."""
     wanted = cell.retention is not None and cell.retention < 1
     for meta in metas:
-        compressed, reason = meta.get("aircache") is not None, meta.get("aircache_reason")
+        report, reason = meta.get("aircache"), meta.get("aircache_reason")
+        compressed = report is not None and report["packed_at"] is not None
         if wanted and "aircache" not in meta:
             raise ServerError("the server runs without --kv-policy aircache")
         if compressed != wanted and not (wanted and reason == "no_gain"):

@@ -27,6 +27,8 @@ class Preset:
     side_by_side: both servers run at once, so that the variants of a cell follow one another; else
         they take turns by the round.
     needs_gpu: its model is none for a CPU.
+    when: `pressure` asks at retention 1 for GATE_RETENTION under pressure instead, of which a pool
+        with room packs nothing.
     gate_visual, gate_tokens: visual tokens and answers' lengths of the single requests with which
         `--aircache-gate auto` is compared with `off`; after the sweep.
     """
@@ -43,11 +45,14 @@ class Preset:
     retentions: Sequence[float] = (1.0, 0.5, 0.1)
     picture_tokens: int = 1024
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    when: str = "prefill"
     gate_visual: Sequence[int] = ()
     gate_tokens: Sequence[int] = ()
 
     def check(self) -> None:
-        """Raise ValueError for sizes that cannot be measured."""
+        """Raise ValueError for what cannot be measured."""
+        if self.when == "pressure" and list(self.retentions) != [1.0]:
+            raise ValueError("a pool with room packs nothing under pressure: add --retention 1")
         for batch in self.batches:
             if batch < 1:
                 raise ValueError(f"a batch must be at least 1, got {batch}")
@@ -61,7 +66,8 @@ class Preset:
         """What rows carry of this preset: those of another one cannot stand in the same file."""
         return {
             "preset": f"{self.name}: answers of {self.tokens} tokens, "
-            f"pictures of {self.picture_tokens}",
+            f"pictures of {self.picture_tokens}"
+            + (", whole under pressure" if self.when == "pressure" else ""),
             "model": "random weights, " + ", ".join(f"{k} {v}" for k, v in self.model.items()),
             "flags": " ".join(self.flags),
         }

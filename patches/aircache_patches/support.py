@@ -24,7 +24,6 @@ ARCHITECTURES = (
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("enable_mixed_chunk", False, "--enable-mixed-chunk"),
     ("speculative_algorithm", None, "--speculative-algorithm"),
     ("disaggregation_mode", "null", "--disaggregation-mode"),
     ("encoder_only", False, "--encoder-only"),
@@ -85,6 +84,12 @@ def unsupported(server_args: Any) -> Iterator[str]:
                 flag, value = "--enable-dp-attention", True
             shown = flag if value is True else f"{flag} {value}"
             yield f"{policy} does not work with {shown}; drop one of the two flags"
+    if view.enable_mixed_chunk and view.enable_deterministic_inference:
+        yield (
+            f"{policy} does not work with --enable-mixed-chunk and "
+            "--enable-deterministic-inference, since a mixed step decodes by another kernel; "
+            "drop one of the two flags"
+        )
     if view.radix_eviction_policy == "tlru":
         yield f"{policy} does not work with --radix-eviction-policy tlru; use lru"
     if view.kv_cache_dtype not in _KV_DTYPES:

@@ -75,12 +75,12 @@ def test_healthy_installation(checkpoint: Path) -> None:
 def test_every_refusal_is_named_at_once(checkpoint: Path) -> None:
     done = aircache(
         *("doctor", "--model-path", str(checkpoint), "--device", "cpu"),
-        *("--page-size", "4", "--enable-mixed-chunk", "--kv-cache-dtype", "fp8_e5m2"),
+        *("--kv-canary", "log", "--enable-two-batch-overlap", "--kv-cache-dtype", "fp8_e5m2"),
     )
     assert done.returncode == 1 and done.stderr == ""
     refused = [line for line in done.stdout.splitlines() if line.startswith("Refused: ")]
     assert len(refused) == 3
-    for flag in ("--page-size 4", "--enable-mixed-chunk", "--kv-cache-dtype fp8_e5m2"):
+    for flag in ("--kv-canary log", "--enable-two-batch-overlap", "--kv-cache-dtype fp8_e5m2"):
         assert any(flag in line for line in refused)
     assert done.stdout.endswith("A server with a KV policy would not start.\n")
 

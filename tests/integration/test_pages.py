@@ -12,7 +12,7 @@ import pytest
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
-from aircache_sglang.testing.prompts import Prompt, ask, picture, user_prompt, words
+from aircache_sglang.testing.prompts import PICTURE, Prompt, ask, picture, user_prompt, words
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import Storm, make_jobs, make_prompts, wait_idle
 from tests.integration.test_exactness import SHAPES
@@ -109,11 +109,13 @@ def test_an_instruction_that_ends_no_page_leaves_no_replica(
 ) -> None:
     """Its page holds the picture's last tokens too; the next turn finds the exact picture."""
     paged.flush_cache()
-    for seed in range(33, 33 + page):
-        prompt = user_prompt(picture(seed, 12, 12), "why?", system=words(1 + seed % page))
-        ids, types = (oracle.inputs(prompt)[k][0] for k in ("input_ids", "mm_token_type_ids"))
+    prompt, end = Prompt("", ()), 0
+    for n in range(1, page):
+        prompt = Prompt(words(n) + PICTURE + words(2), (picture(33, 12, 12),))
+        types = oracle.inputs(prompt)["mm_token_type_ids"][0]
         end = int(types.nonzero()[-1]) + 1
-        if end // page == len(ids) // page:
+        # With the answer, too.
+        if end // page == (len(types) + 3) // page:
             break
     overrides = {"reuse": "compressed", "return_selection": True}
     for _ in range(2):

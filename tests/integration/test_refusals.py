@@ -20,8 +20,10 @@ POLICY = "--kv-policy aircache"
 
 # Flags, and what the sentence must say.
 REFUSED: dict[tuple[str, ...], str] = {
-    ("--page-size", "16"): "does not work with --page-size 16; drop one",
-    ("--enable-mixed-chunk",): "does not work with --enable-mixed-chunk; drop one",
+    (
+        *("--page-size", "16", "--aircache-reuse", "compressed"),
+        *("--aircache-session-columns", "64"),
+    ): "with --aircache-session-columns and --page-size 16; use --page-size 1",
     ("--speculative-algorithm", "NGRAM"): "with --speculative-algorithm NGRAM; drop one",
     ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
     ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
@@ -199,8 +201,6 @@ def test_a_model_without_pictures(outcomes: dict[tuple[str, ...], dict[str, str]
 # Fields of resolved arguments: what an ordinary server has, what is refused, and how it is named.
 # SGLang itself refuses some of these first on this machine; a server elsewhere has to, too.
 FIELDS: dict[str, tuple[Any, Any, str]] = {
-    "page_size": (1, 16, "--page-size 16"),
-    "enable_mixed_chunk": (False, True, "--enable-mixed-chunk"),
     "speculative_algorithm": (None, "EAGLE", "--speculative-algorithm EAGLE"),
     "disaggregation_mode": ("null", "decode", "--disaggregation-mode decode"),
     "encoder_only": (False, True, "--encoder-only"),
@@ -371,12 +371,13 @@ def test_engine_refuses(checkpoint: Path) -> None:
         "import sglang\n"
         "if __name__ == '__main__':\n"
         f"    sglang.Engine(model_path={str(checkpoint)!r}, device='cpu', kv_policy='aircache',\n"
-        "                  enable_mixed_chunk=True)\n"
+        "                  enable_two_batch_overlap=True)\n"
         "    print('Uvicorn running')\n"
     )
     result = run([sys.executable, "-c", code])
     assert sentence_of(result) == (
-        f"aircache: {POLICY} does not work with --enable-mixed-chunk; drop one of the two flags"
+        f"aircache: {POLICY} does not work with --enable-two-batch-overlap; "
+        "drop one of the two flags"
     )
 
 

@@ -265,6 +265,7 @@ class World:
             prefix_lens=[req.prefix_len],
             extend_lens=[extend],
             forward_mode=ForwardMode.EXTEND,
+            decoding_reqs=None,
         )
         self.compressor.allocate_columns(batch)
         self.compressor.run_forward(batch, lambda: self._forward(req, extend))

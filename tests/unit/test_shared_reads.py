@@ -136,7 +136,7 @@ def test_the_schedule_stream_waits_for_the_pass(
         maybe_publish_prefill_shared_read_done(runner, ends, device)
         log.append("layers")
 
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, reqs=[row])
+    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, decoding_reqs=None, reqs=[row])
     compressor.run_forward(batch, forward)
     scheduler: Any = SimpleNamespace(
         _war_barrier_enabled=True,
