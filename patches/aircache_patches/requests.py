@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_schedule
+
 from aircache_patches import process
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
@@ -16,7 +18,7 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
     if isinstance(params, dict):
         _, config = process.policy_in_force()
         config = config.with_overrides(params.get("custom_params"))
-        page_size, knob = manager.server_args.page_size, config.needs_single_tokens()
+        page_size, knob = get_schedule().page_size, config.needs_single_tokens()
         if page_size > 1 and knob is not None:
             raise ValueError(
                 f"{REQUEST_KEY}.{knob} needs --page-size 1, and this server has {page_size}"
