@@ -18,6 +18,7 @@ import torch
 
 from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
@@ -32,7 +33,8 @@ PLAIN, COMPRESSED = "plain", "aircache"
 class Work:
     """What one forward does besides SGLang's own.
 
-    records: of a decode step's rows, None for the uncompressed; empty if all are.
+    records: of a decode or verify step's rows, None for the uncompressed; empty if all are.
+    verifies: drafts are verified, and the attention of all of them is ours; records: one a row.
     queries: what keeps queries of a prefill, if it keeps any.
     sums: queries whose attention to the picture is added up.
     extends: the requests of a prefill that extend a replica; extends_all: there are no others.
@@ -45,11 +47,12 @@ class Work:
     extends: Sequence[ExtendJob] = ()
     extends_all: bool = False
     packs: bool = False
+    verifies: bool = False
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether a prefill does more than SGLang's own."""
-        return bool(self.queries or self.sums or self.extends or self.packs)
+    def is_more(self) -> bool:
+        """Whether a prefill or a verify step does more than SGLang's own."""
+        return bool(self.queries or self.sums or self.extends or self.packs or self.verifies)
 
 
 class AttentionState:
@@ -129,6 +132,16 @@ class AttentionState:
         self.extend(q, out, layer)
         return out
 
+    def verify(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        """Write the drafts' cells and attend; q: [bs * n, H_q * D], returns the same."""
+        self.write(k, v, layer, forward_batch, save_kv_cache)
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(heads)
+        self.extender.attend(heads, out, layer)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
     def write(self, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> None:
         """Store the new tokens' KV, unless the model has done so (fused with RoPE)."""
         if save_kv_cache and k is not None:
@@ -192,7 +205,8 @@ def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
     Prefill is stock but for requests that extend a replica, and it does not run where there are no
-    others. So is the decode of a batch with nothing compressed in it.
+    others. So is the decode of a batch with nothing compressed in it, and the verification of its
+    drafts where the stock backend can verify.
     """
 
     class CompressingBackend(stock):
@@ -203,6 +217,8 @@ def compressing(stock: type) -> type:
             state, decodes = self.aircache, forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 state.decoder.plan(forward_batch, state.work.records)
+            elif state.work.verifies:
+                state.extender.plan_drafts(Drafts.of(forward_batch, state.work.records))
             elif decodes or not state.work.extends_all:
                 super().init_forward_metadata(state.stock_batch(forward_batch))
 
@@ -232,6 +248,8 @@ def compressing(stock: type) -> type:
             decodes = forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
+            if state.work.verifies:
+                return state.verify(q, k, v, layer, forward_batch, save_kv_cache)
             if not decodes:
                 if state.work.extends_all:
                     return state.extend_all(q, k, v, layer, forward_batch, save_kv_cache)
@@ -246,9 +264,9 @@ def compressing(stock: type) -> type:
             return out
 
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
-            """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
+            """Graphs run no Python: what is scored or extends a replica is eager, as our drafts are."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            if self.aircache.work.in_prefill:
+            if self.aircache.work.is_more:
                 return False
             return stock_rule is None or bool(stock_rule(forward_batch))
 
@@ -261,7 +279,8 @@ def compressing(stock: type) -> type:
             return super().shared_read_ends(fm)
 
         def resolve_prefill_shared_read_ends(self, forward_batch: Any, **kwargs: Any) -> Any:
-            """When the scheduler may overwrite what a prefill reads; with work of ours, behind it.
+            """When the scheduler may overwrite what a prefill, or an eager verify step, reads; with
+            work of ours, behind it.
 
             Every layer of ours reads live rows, and the pass behind the forward reads and rewrites
             them. UNKNOWN publishes no event, so that the schedule stream waits for all that
@@ -269,7 +288,7 @@ def compressing(stock: type) -> type:
             """
             from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-            if self.aircache.work.in_prefill:
+            if self.aircache.work.is_more:
                 return SharedReadEnds.UNKNOWN
             return super().resolve_prefill_shared_read_ends(forward_batch, **kwargs)
 

@@ -169,11 +169,11 @@ def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionS
     assert len(backend.plans) == 2
 
 
-IN_PREFILL = ("queries", "sums", "extends", "packs")
+MORE_THAN_STOCK = ("queries", "sums", "extends", "packs", "verifies")
 
 
-@pytest.mark.parametrize("work", IN_PREFILL)
-def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
+@pytest.mark.parametrize("work", MORE_THAN_STOCK)
+def test_more_than_stock_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
     state.extender.plan = lambda jobs: None  # type: ignore[method-assign]
@@ -193,13 +193,17 @@ def test_shared_reads_end_later_for_packed_cells_alone(backend: Any, state: Atte
 
 
 class Extender:
-    """Answers 2 in the rows of its jobs."""
+    """Answers 2 in the rows of its jobs, or in all rows of drafts."""
 
     def __init__(self) -> None:
         self.jobs: Any = ()
+        self.drafts: Any = None
 
     def plan(self, jobs: Any) -> None:
         self.jobs = jobs
+
+    def plan_drafts(self, drafts: Any) -> None:
+        self.drafts, self.jobs = drafts, [job(0, drafts.tree.shape[0] * drafts.tree.shape[1], 0)]
 
     def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         for job in self.jobs:
@@ -294,3 +298,37 @@ def test_other_prefills_are_handed_on_as_they_are(spied: Any) -> None:
     batch = prefill([7, 0], [4, 5])
     assert run(spied, batch, Work()) == [0.0] * 9
     assert spied.planned[0] is spied.attended[0] is batch
+
+
+def verify_step() -> Any:
+    """Two requests of 7 and 4 tokens with 3 drafts each, in a chain."""
+    chain = torch.ones(3, 3, dtype=torch.bool).tril()
+    masks = [torch.cat([torch.ones(3, n, dtype=torch.bool), chain], dim=1) for n in (7, 4)]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        out_cache_loc=torch.arange(1, 7),
+        req_pool_indices=torch.tensor([2, 1]),
+        seq_lens=torch.tensor([7, 4]),
+        extend_seq_lens_cpu=[3, 3],
+        spec_info=SimpleNamespace(
+            draft_token_num=3, custom_mask=torch.cat([mask.flatten() for mask in masks])
+        ),
+    )
+
+
+def test_drafts_of_a_batch_with_packed_cells_are_ours(spied: Any) -> None:
+    step = verify_step()
+    assert run(spied, step, Work(records=[RECORD, None], verifies=True)) == [2.0] * 6
+    assert spied.planned == spied.attended == []
+    drafts = spied.aircache.extender.drafts
+    assert drafts.records == [RECORD, None] and drafts.rows is step.req_pool_indices
+    assert drafts.seq_lens.tolist() == [10, 7]
+    assert torch.equal(drafts.tree, torch.ones(2, 3, 3, dtype=torch.bool).tril())
+    ((layer, slots, k, v),) = spied.written
+    assert layer is LAYER and slots is step.out_cache_loc and len(k) == len(v) == 6
+
+
+def test_drafts_of_other_batches_are_handed_on(spied: Any) -> None:
+    step = verify_step()
+    assert run(spied, step, Work()) == [0.0] * 6
+    assert spied.planned[0] is spied.attended[0] is step and spied.written == []

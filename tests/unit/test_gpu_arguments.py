@@ -36,6 +36,10 @@ OFF = ("--kv-policy", "none")
 UP_TO_256 = [1, 2, 4, 8, 12, *range(16, 257, 8)]
 FURTHER = [*range(288, 513, 32), *range(576, 1025, 64)]
 
+NGRAM = ("--speculative-algorithm", "NGRAM")
+SERIAL = ("--disable-overlap-schedule",)
+EAGER = ("--cuda-graph-backend-decode", "disabled")
+
 # Device, model, flags; "stock" has no flag of ours and does not even load the plugin.
 Case = tuple[str, str, tuple[str, ...]]
 TYPICAL: list[tuple[str, tuple[str, ...]]] = [
@@ -68,6 +72,7 @@ OURS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("tiny", ("--cuda-graph-max-bs-decode", "64", "--aircache-retention", "1")),
         ("tiny", ("--disable-cuda-graph-padding",)),
         ("tiny", ("--disable-decode-cuda-graph",)),
+        *(("tiny", flags) for flags in (NGRAM, (*NGRAM, *SERIAL), (*NGRAM, *SERIAL, *EAGER))),
     ],
     "B200": [
         ("tiny", ("--decode-attention-backend", "triton")),
@@ -298,6 +303,15 @@ def test_answers_that_no_batch_changes(
         f"{POLICY} works with {flags[0]} by its Triton decode on a CUDA device alone, since "
         "another follows what else is in the batch; drop one of the two flags"
     )
+
+
+def test_drafts_are_verified_eagerly_and_in_step(
+    accepted: Resolve, refused: Callable[..., str]
+) -> None:
+    assert refused("H100", *NGRAM).endswith("NGRAM needs --disable-overlap-schedule; add it")
+    without_graphs = "no CUDA graph replays; add --cuda-graph-backend-decode disabled"
+    assert refused("H100", *NGRAM, *SERIAL).endswith(without_graphs)
+    assert accepted("H100", *NGRAM, *SERIAL, *EAGER)["decode"]["backend"] == "disabled"
 
 
 # Decode graphs
