@@ -264,7 +264,7 @@ def compressing(stock: type) -> type:
             return out
 
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
-            """Graphs run no Python: what is scored or extends a replica is eager, as our drafts are."""
+            """Graphs run no Python: a prefill or a verify step with work of ours is eager."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
             if self.aircache.work.is_more:
                 return False
