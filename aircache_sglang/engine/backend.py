@@ -18,7 +18,7 @@ import torch
 
 from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
-from aircache_sglang.runtime.drafts import Drafts
+from aircache_sglang.runtime.drafts import Drafts, tree_of
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
@@ -74,6 +74,8 @@ class AttentionState:
         self.pool, self.decoder, self.extender = pool, decoder, extender
         self.batch_invariant = batch_invariant
         self._capture_variant = capture_variant
+        # bool [B, n, n], which graphs that verify drafts read; B is the largest captured batch.
+        self._trees: torch.Tensor | None = None
         self.work = Work()
         self._shortened: tuple[Any, Any] | None = None
 
@@ -154,6 +156,39 @@ class AttentionState:
             return variant == COMPRESSED
         return self.batch_invariant or bool(self.work.records)
 
+    def verifies(self, mode: Any) -> bool:
+        """Whether this is a step that verifies drafts, or the capture of one, that is ours."""
+        variant = self._capture_variant()
+        ours = self.work.verifies if variant is None else variant == COMPRESSED
+        return ours and bool(mode.is_target_verify())
+
+    def stage_trees(self, forward_batch: Any, *, in_capture: bool) -> None:
+        """Outside a graph of ours, before it is captured or replayed: the trees that it reads.
+
+        Large batches are captured first, so that all graphs read one buffer. What a replay pads a
+        batch with keeps trees of earlier steps; its results are read by nobody.
+        """
+        n = forward_batch.spec_info.draft_token_num
+        if in_capture:
+            if self._trees is None:
+                chain = forward_batch.seq_lens.new_ones((n, n), dtype=torch.bool).tril()
+                self._trees = chain.repeat(forward_batch.batch_size, 1, 1)
+            assert forward_batch.batch_size <= len(self._trees), "a larger batch came later"
+            return
+        assert self._trees is not None, "a replay without a capture"
+        drafts = len(self.work.records)
+        mask, lens = forward_batch.spec_info.custom_mask, forward_batch.seq_lens[:drafts]
+        self._trees[:drafts] = tree_of(mask, lens, n)
+
+    def plan_in_graph(self, forward_batch: Any) -> None:
+        """Inside a graph of ours: what it reads, all of it on the device."""
+        assert self._trees is not None, "a capture whose trees were not staged"
+        batch = forward_batch.batch_size
+        trees = self._trees[:batch]
+        lens = forward_batch.seq_lens + trees.shape[1]
+        drafts = Drafts([None] * batch, forward_batch.req_pool_indices, lens, trees)
+        self.extender.plan_drafts(drafts)
+
     def decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
@@ -217,7 +252,7 @@ def compressing(stock: type) -> type:
             state, decodes = self.aircache, forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 state.decoder.plan(forward_batch, state.work.records)
-            elif state.work.verifies:
+            elif state.verifies(forward_batch.forward_mode):
                 state.extender.plan_drafts(Drafts.of(forward_batch, state.work.records))
             elif decodes or not state.work.extends_all:
                 super().init_forward_metadata(state.stock_batch(forward_batch))
@@ -225,14 +260,25 @@ def compressing(stock: type) -> type:
         def init_forward_metadata_out_graph(
             self, forward_batch: Any, in_capture: bool = False
         ) -> None:
-            """Before a decode graph is captured or replayed; ours reads the runner's buffers.
+            """Before a decode graph is captured or replayed; ours reads the runner's buffers, and the
+            trees of drafts.
 
             The stock method must not run while our variant is captured: FlashInfer's makes new
             wrappers in each capture, and those of the stock graph of that batch size would be
             freed (layers/attention/flashinfer_backend.py, _prepare_cuda_graph_metadata).
             """
-            if not (forward_batch.forward_mode.is_decode() and self.aircache.decodes()):
+            state, mode = self.aircache, forward_batch.forward_mode
+            if state.verifies(mode):
+                state.stage_trees(forward_batch, in_capture=in_capture)
+            elif not (mode.is_decode() and state.decodes()):
                 super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+            """The part of it that a graph repeats."""
+            if self.aircache.verifies(forward_batch.forward_mode):
+                self.aircache.plan_in_graph(forward_batch)
+            else:
+                super().init_forward_metadata_in_graph(forward_batch)
 
         def forward(
             self,
@@ -248,7 +294,7 @@ def compressing(stock: type) -> type:
             decodes = forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
-            if state.work.verifies:
+            if state.verifies(forward_batch.forward_mode):
                 return state.verify(q, k, v, layer, forward_batch, save_kv_cache)
             if not decodes:
                 if state.work.extends_all:
@@ -271,10 +317,12 @@ def compressing(stock: type) -> type:
             return stock_rule is None or bool(stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> Any:
-            """Our decode reads the live row and table in every layer; all else is stock."""
+            """Our decode and our drafts read the live row and table in every layer; all else is
+            stock."""
             from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-            if fm.is_decode() and self.aircache.decodes():
+            state = self.aircache
+            if (fm.is_decode() and state.decodes()) or state.verifies(fm):
                 return SharedReadEnds.POST_REPLAY
             return super().shared_read_ends(fm)
 

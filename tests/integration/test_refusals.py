@@ -315,7 +315,6 @@ def test_flashinfer_refuses(changes: dict[str, Any], sentence: str) -> None:
         ({"enable_deterministic_inference": True}, "with --enable-deterministic-inference or"),
         ({"rl_on_policy_target": "fsdp"}, "or --rl-on-policy-target; drop one of the flags"),
         ({"disable_overlap_schedule": False}, "NGRAM needs --disable-overlap-schedule; add it"),
-        ({"backend": "full"}, "no CUDA graph replays; add --cuda-graph-backend-decode disabled"),
     ],
 )
 def test_speculation_that_is_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -324,15 +323,9 @@ def test_speculation_that_is_refused(changes: dict[str, Any], sentence: str) -> 
         "enable_deterministic_inference": False,
         "rl_on_policy_target": None,
         "disable_overlap_schedule": True,
-        "backend": "disabled",
     }
-
-    def view(**values: Any) -> Any:
-        decode = SimpleNamespace(backend=values.pop("backend"))
-        return SimpleNamespace(**values, cuda_graph_config=SimpleNamespace(decode=decode))
-
-    assert list(support.unsupported_speculation(view(**fine), POLICY)) == []
-    (found,) = support.unsupported_speculation(view(**fine | changes), POLICY)
+    assert list(support.unsupported_speculation(SimpleNamespace(**fine), POLICY)) == []
+    (found,) = support.unsupported_speculation(SimpleNamespace(**fine | changes), POLICY)
     assert found.startswith(POLICY) and sentence in found
 
 

@@ -138,7 +138,7 @@ def test_an_answer_ends_within_a_run(speculating_server: Server) -> None:
 def test_a_conversation_extends_its_replica(speculating_server: Server, oracle: Oracle) -> None:
     flush(speculating_server)
     prompt = user_prompt(picture(31, 8, 9), "what is this?")
-    compressed_chat(speculating_server, oracle, prompt, 3)
+    compressed_chat(speculating_server, oracle, prompt, 3, speculates=True)
 
 
 def test_packing_under_pressure(speculating_server: Server, oracle: Oracle) -> None:

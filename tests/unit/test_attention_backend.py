@@ -332,3 +332,71 @@ def test_drafts_of_other_batches_are_handed_on(spied: Any) -> None:
     step = verify_step()
     assert run(spied, step, Work()) == [0.0] * 6
     assert spied.planned[0] is spied.attended[0] is step and spied.written == []
+
+
+def capture_step(spied: Any, size: int) -> Any:
+    """A graph of ours of a verify step is captured; the batch of SGLang's static buffers."""
+    chain = torch.ones(3, 3, dtype=torch.bool).tril()
+    step = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        batch_size=size,
+        out_cache_loc=torch.arange(3 * size),
+        req_pool_indices=torch.zeros(size, dtype=torch.int64),
+        seq_lens=torch.ones(size, dtype=torch.int64),
+        spec_info=SimpleNamespace(draft_token_num=3, custom_mask=chain.flatten()),
+    )
+    _set_capture_attention_variant(COMPRESSED)
+    spied.init_forward_metadata_out_graph(step, in_capture=True)
+    spied.init_forward_metadata_in_graph(step)
+    q = torch.zeros(3 * size, 6)
+    assert float(spied.forward(q, q, q, LAYER, step).mean()) == 2.0
+    return step
+
+
+def test_graphs_of_verify_steps_read_one_buffer_of_trees(spied: Any) -> None:
+    """Whatever is replayed, the trees of its requests are those of this step."""
+    read = {}
+    for size in (4, 2):
+        capture_step(spied, size)
+        read[size] = spied.aircache.extender.drafts.tree
+        assert torch.equal(read[size], torch.ones(size, 3, 3, dtype=torch.bool).tril())
+    assert spied.planned == spied.attended == []
+    assert read[2].data_ptr() == read[4].data_ptr()
+    with pytest.raises(AssertionError, match="a larger batch came later"):
+        capture_step(spied, 5)
+
+    live = verify_step()
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    masks = [torch.cat([torch.ones(3, n, dtype=torch.bool), fork], dim=1) for n in (7, 4)]
+    live.spec_info.custom_mask = torch.cat([mask.flatten() for mask in masks])
+    # As SGLang replays it: padded to a size that was captured.
+    live.batch_size, live.seq_lens = 4, torch.tensor([7, 4, 1, 1])
+    with spied.aircache.during(Work(records=[RECORD, None], verifies=True)):
+        spied.init_forward_metadata_out_graph(live)
+    assert torch.equal(read[2], fork.repeat(2, 1, 1))
+    assert torch.equal(read[4][2:], torch.ones(2, 3, 3, dtype=torch.bool).tril())
+
+
+def test_stock_graphs_of_verify_steps_are_left_alone(spied: Any) -> None:
+    asked: list[Any] = []
+    spied_class = type(spied).__mro__[1]
+    spied_class.init_forward_metadata_out_graph = lambda self, batch, in_capture=False: (
+        asked.append(in_capture)
+    )
+    try:
+        _set_capture_attention_variant(PLAIN)
+        spied.init_forward_metadata_out_graph(verify_step(), in_capture=True)
+        _set_capture_attention_variant(None)
+        spied.init_forward_metadata_out_graph(verify_step())
+    finally:
+        del spied_class.init_forward_metadata_out_graph
+    assert asked == [True, False]
+
+
+def test_shared_reads_of_drafts_of_ours_end_behind_the_replay(spied: Any) -> None:
+    mode = ForwardMode.TARGET_VERIFY
+    stock = spied.shared_read_ends(mode)
+    assert stock is not SharedReadEnds.POST_REPLAY
+    with spied.aircache.during(Work(records=[RECORD], verifies=True)):
+        assert spied.shared_read_ends(mode) is SharedReadEnds.POST_REPLAY
+    assert spied.shared_read_ends(mode) is stock
