@@ -260,8 +260,7 @@ def compressing(stock: type) -> type:
         def init_forward_metadata_out_graph(
             self, forward_batch: Any, in_capture: bool = False
         ) -> None:
-            """Before a decode graph is captured or replayed; ours reads the runner's buffers, and the
-            trees of drafts.
+            """Before a decode graph is captured or replayed; ours reads the runner's buffers.
 
             The stock method must not run while our variant is captured: FlashInfer's makes new
             wrappers in each capture, and those of the stock graph of that batch size would be
