@@ -87,14 +87,12 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # Declared for every CPU by handle_cpu_backends, and never usable here.
         if server_args.attention_backend == "intel_amx":
             server_args.attention_backend = self.get_default_attention_backend()
-        if server_args.speculative_algorithm == ngram.ALGORITHM:
-            if (server_args.attention_backend, server_args.kv_policy) == ("torch_native", "none"):
-                raise ValueError(
-                    "--attention-backend torch_native has no mask for the drafts of "
-                    "--speculative-algorithm NGRAM; add a --kv-policy, whose attention has"
-                )
-            # Accepted KV is moved by a Triton kernel else (memory_pool.py, move_kv_cache).
-            os.environ.setdefault("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
+        backend, policy = server_args.attention_backend, server_args.kv_policy
+        if server_args.speculative_algorithm and (backend, policy) == ("torch_native", "none"):
+            raise ValueError(
+                "--attention-backend torch_native has no mask for the drafts of "
+                "--speculative-algorithm NGRAM; add a --kv-policy, whose attention has"
+            )
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)

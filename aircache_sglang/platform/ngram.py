@@ -23,9 +23,10 @@ def worker() -> type:
     trees.reconstruct_indices_from_tree_mask_func = describe_trees  # type: ignore[attr-defined]
     sys.modules.setdefault(trees.__name__, trees)
 
-    from sglang.srt.mem_cache import allocation
+    from sglang.srt.mem_cache import allocation, memory_pool
     from sglang.srt.speculative import eagle_utils, spec_utils
 
+    memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup = move_in_torch
     allocation.assign_req_to_token_pool_func = write_rows
     spec_utils.fill_front_out_cache_loc_func = front_slots
     spec_utils.fill_accept_out_cache_loc_func = accepted_slots
@@ -36,6 +37,12 @@ def worker() -> type:
     from sglang.srt.speculative.ngram_worker import NGRAMWorker
 
     return NGRAMWorker
+
+
+def move_in_torch(pool: Any) -> None:
+    """Accepted KV is moved by `move_kv_cache_native`; else a Triton kernel is warmed up for it."""
+    pool.use_native_move_kv_cache = True
+    pool._kv_copy_config = None
 
 
 def describe_trees(

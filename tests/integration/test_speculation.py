@@ -78,12 +78,14 @@ def test_answers_and_logprobs(
 def test_a_repetitive_answer_takes_fewer_steps(
     speculating_server: Server, oracle: Oracle, retention: float
 ) -> None:
-    """The tiny model repeats itself; what it said once is drafted, and is right."""
-    prompt = SHAPES["one picture"]
+    """What was said before is drafted, and is right: by this answer, and by one to another."""
+    prompt = user_prompt(picture(40 + int(10 * retention), 9, 9), "what is this?")
     asked = {"retention": retention, "return_selection": True}
-    answer = ask(speculating_server, prompt, asked, max_new_tokens=120)
-    assert_agrees(oracle, prompt, answer)
-    assert tokens_a_step(answer) > 1.5
+    first, second = (ask(speculating_server, prompt, asked, max_new_tokens=100) for _ in range(2))
+    for answer in (first, second):
+        assert_agrees(oracle, prompt, answer)
+    assert first["output_ids"] == second["output_ids"]
+    assert tokens_a_step(first) > 1.0 and tokens_a_step(second) > 4.0
 
 
 def test_packed_and_other_requests_in_one_batch(speculating_server: Server, oracle: Oracle) -> None:
