@@ -31,8 +31,7 @@ def worker() -> type:
     spec_utils.fill_front_out_cache_loc_func = front_slots
     spec_utils.fill_accept_out_cache_loc_func = accepted_slots
     eagle_utils.verify_tree_greedy_func = verify_greedy
-    # As in SGLang's own CPU engine every request is answered greedily (_verify_uses_greedy).
-    eagle_utils._is_cpu = True
+    eagle_utils._verify_uses_greedy = is_greedy
 
     from sglang.srt.speculative.ngram_worker import NGRAMWorker
 
@@ -107,6 +106,11 @@ def verify_greedy(
         accept_index[b, : len(path)] = torch.tensor(path, dtype=accept_index.dtype)
         accept_token_num[b] = len(path) - 1
     return predicts, accept_index, accept_token_num
+
+
+def is_greedy(**_: Any) -> bool:
+    """As in SGLang's own CPU engine, every request is answered greedily (eagle_utils.py)."""
+    return True
 
 
 def draft_slots(
