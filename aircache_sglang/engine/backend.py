@@ -18,6 +18,7 @@ import torch
 
 from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
+from aircache_sglang.runtime.drafts import Drafts, tree_of
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
@@ -32,7 +33,8 @@ PLAIN, COMPRESSED = "plain", "aircache"
 class Work:
     """What one forward does besides SGLang's own.
 
-    records: of a decode step's rows, None for the uncompressed; empty if all are.
+    records: of a decode or verify step's rows, None for the uncompressed; empty if all are.
+    verifies: drafts are verified, and the attention of all of them is ours; records: one a row.
     queries: what keeps queries of a prefill, if it keeps any.
     sums: queries whose attention to the picture is added up.
     extends: the requests of a prefill that extend a replica; extends_all: there are no others.
@@ -45,11 +47,12 @@ class Work:
     extends: Sequence[ExtendJob] = ()
     extends_all: bool = False
     packs: bool = False
+    verifies: bool = False
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether a prefill does more than SGLang's own."""
-        return bool(self.queries or self.sums or self.extends or self.packs)
+    def is_more(self) -> bool:
+        """Whether a prefill or a verify step does more than SGLang's own."""
+        return bool(self.queries or self.sums or self.extends or self.packs or self.verifies)
 
 
 class AttentionState:
@@ -71,6 +74,8 @@ class AttentionState:
         self.pool, self.decoder, self.extender = pool, decoder, extender
         self.batch_invariant = batch_invariant
         self._capture_variant = capture_variant
+        # bool [B, n, n], which graphs that verify drafts read; B is the largest captured batch.
+        self._trees: torch.Tensor | None = None
         self.work = Work()
         self._shortened: tuple[Any, Any] | None = None
 
@@ -129,6 +134,16 @@ class AttentionState:
         self.extend(q, out, layer)
         return out
 
+    def verify(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        """Write the drafts' cells and attend; q: [bs * n, H_q * D], returns the same."""
+        self.write(k, v, layer, forward_batch, save_kv_cache)
+        heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(heads)
+        self.extender.attend(heads, out, layer)
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
     def write(self, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> None:
         """Store the new tokens' KV, unless the model has done so (fused with RoPE)."""
         if save_kv_cache and k is not None:
@@ -140,6 +155,39 @@ class AttentionState:
         if variant is not None:
             return variant == COMPRESSED
         return self.batch_invariant or bool(self.work.records)
+
+    def verifies(self, mode: Any) -> bool:
+        """Whether this is a step that verifies drafts, or the capture of one, that is ours."""
+        variant = self._capture_variant()
+        ours = self.work.verifies if variant is None else variant == COMPRESSED
+        return ours and bool(mode.is_target_verify())
+
+    def stage_trees(self, forward_batch: Any, *, in_capture: bool) -> None:
+        """Outside a graph of ours, before it is captured or replayed: the trees that it reads.
+
+        Large batches are captured first, so that all graphs read one buffer. What a replay pads a
+        batch with keeps trees of earlier steps; its results are read by nobody.
+        """
+        n = forward_batch.spec_info.draft_token_num
+        if in_capture:
+            if self._trees is None:
+                chain = forward_batch.seq_lens.new_ones((n, n), dtype=torch.bool).tril()
+                self._trees = chain.repeat(forward_batch.batch_size, 1, 1)
+            assert forward_batch.batch_size <= len(self._trees), "a larger batch came later"
+            return
+        assert self._trees is not None, "a replay without a capture"
+        drafts = len(self.work.records)
+        mask, lens = forward_batch.spec_info.custom_mask, forward_batch.seq_lens[:drafts]
+        self._trees[:drafts] = tree_of(mask, lens, n)
+
+    def plan_in_graph(self, forward_batch: Any) -> None:
+        """Inside a graph of ours: what it reads, all of it on the device."""
+        assert self._trees is not None, "a capture whose trees were not staged"
+        batch = forward_batch.batch_size
+        trees = self._trees[:batch]
+        lens = forward_batch.seq_lens + trees.shape[1]
+        drafts = Drafts([None] * batch, forward_batch.req_pool_indices, lens, trees)
+        self.extender.plan_drafts(drafts)
 
     def decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
@@ -192,7 +240,8 @@ def compressing(stock: type) -> type:
     """The subclass of an attention backend that stashes queries and decodes compressed requests.
 
     Prefill is stock but for requests that extend a replica, and it does not run where there are no
-    others. So is the decode of a batch with nothing compressed in it.
+    others. So is the decode of a batch with nothing compressed in it, and the verification of its
+    drafts where the stock backend can verify.
     """
 
     class CompressingBackend(stock):
@@ -203,6 +252,8 @@ def compressing(stock: type) -> type:
             state, decodes = self.aircache, forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 state.decoder.plan(forward_batch, state.work.records)
+            elif state.verifies(forward_batch.forward_mode):
+                state.extender.plan_drafts(Drafts.of(forward_batch, state.work.records))
             elif decodes or not state.work.extends_all:
                 super().init_forward_metadata(state.stock_batch(forward_batch))
 
@@ -215,8 +266,18 @@ def compressing(stock: type) -> type:
             wrappers in each capture, and those of the stock graph of that batch size would be
             freed (layers/attention/flashinfer_backend.py, _prepare_cuda_graph_metadata).
             """
-            if not (forward_batch.forward_mode.is_decode() and self.aircache.decodes()):
+            state, mode = self.aircache, forward_batch.forward_mode
+            if state.verifies(mode):
+                state.stage_trees(forward_batch, in_capture=in_capture)
+            elif not (mode.is_decode() and state.decodes()):
                 super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+            """The part of it that a graph repeats."""
+            if self.aircache.verifies(forward_batch.forward_mode):
+                self.aircache.plan_in_graph(forward_batch)
+            else:
+                super().init_forward_metadata_in_graph(forward_batch)
 
         def forward(
             self,
@@ -232,6 +293,8 @@ def compressing(stock: type) -> type:
             decodes = forward_batch.forward_mode.is_decode()
             if decodes and state.decodes():
                 return state.decode(q, k, v, layer, forward_batch, save_kv_cache)
+            if state.verifies(forward_batch.forward_mode):
+                return state.verify(q, k, v, layer, forward_batch, save_kv_cache)
             if not decodes:
                 if state.work.extends_all:
                     return state.extend_all(q, k, v, layer, forward_batch, save_kv_cache)
@@ -246,22 +309,25 @@ def compressing(stock: type) -> type:
             return out
 
         def can_run_prefill_cuda_graph(self, forward_batch: Any) -> bool:
-            """A prefill that is scored or extends a replica runs eagerly: graphs run no Python."""
+            """Graphs run no Python: a prefill or a verify step with work of ours is eager."""
             stock_rule = getattr(super(), "can_run_prefill_cuda_graph", None)
-            if self.aircache.work.in_prefill:
+            if self.aircache.work.is_more:
                 return False
             return stock_rule is None or bool(stock_rule(forward_batch))
 
         def shared_read_ends(self, fm: Any) -> Any:
-            """Our decode reads the live row and table in every layer; all else is stock."""
+            """Our decode and our drafts read the live row and table in every layer; all else is
+            stock."""
             from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-            if fm.is_decode() and self.aircache.decodes():
+            state = self.aircache
+            if (fm.is_decode() and state.decodes()) or state.verifies(fm):
                 return SharedReadEnds.POST_REPLAY
             return super().shared_read_ends(fm)
 
         def resolve_prefill_shared_read_ends(self, forward_batch: Any, **kwargs: Any) -> Any:
-            """When the scheduler may overwrite what a prefill reads; with work of ours, behind it.
+            """When the scheduler may overwrite what a prefill, or an eager verify step, reads; with
+            work of ours, behind it.
 
             Every layer of ours reads live rows, and the pass behind the forward reads and rewrites
             them. UNKNOWN publishes no event, so that the schedule stream waits for all that
@@ -269,7 +335,7 @@ def compressing(stock: type) -> type:
             """
             from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-            if self.aircache.work.in_prefill:
+            if self.aircache.work.is_more:
                 return SharedReadEnds.UNKNOWN
             return super().resolve_prefill_shared_read_ends(forward_batch, **kwargs)
 

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_spec
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, Work, adopt
@@ -79,6 +79,11 @@ class Compressor:
         heads.check_same((config, decode, pool.size))
         self.inputs = inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self._has_tree = not model_runner.server_args.disable_radix_cache
+        # torch_native has no mask for drafts (layers/attention/torch_native_backend.py).
+        self._stock_verifies = "torch_native" not in (
+            model_runner.prefill_attention_backend_str,
+            model_runner.decode_attention_backend_str,
+        )
         self.costs = CPU
         self.compress: CompressionPass
         decoder: Decoder
@@ -105,6 +110,7 @@ class Compressor:
                 Kernels(
                     *(self.compress, decoder, extender, pool, self.table),
                     *(n_q, q_dtype, scale),
+                    n_drafts=get_spec().speculative_num_draft_tokens or 0,
                 ),
                 heads,
             )
@@ -274,6 +280,9 @@ class Compressor:
         if batch is None or batch.forward_mode.is_idle():
             return forward()
         self.pressure.launch()
+        if batch.forward_mode.is_target_verify():
+            with self.attention.during(self._verify_work(batch)):
+                return forward()
         if not batch.forward_mode.is_extend():
             with self.attention.during(self._decode_work(batch)):
                 return forward()
@@ -295,6 +304,16 @@ class Compressor:
         if len(beams):
             self.table.clear(beams)
         return Work(records=[*records, *[None] * len(beams)])
+
+    def _verify_work(self, batch: Any) -> Work:
+        """The records of a step that verifies drafts, one a row.
+
+        Not ours where nothing is compressed, unless the stock backend cannot verify.
+        """
+        records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
+        if self._stock_verifies and not any(records):
+            return Work()
+        return Work(records=records, verifies=True)
 
     def _prefill_work(self, batch: Any) -> Work:
         """What a prefill keeps, adds up and extends; what extends a replica is not scored.

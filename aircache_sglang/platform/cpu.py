@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang on a plain CPU: torch kernels only, no AMX, no accelerator.
 
-An out-of-tree platform, so that SGLang takes neither its CUDA nor its AMX paths. It changes no
-SGLang code: it answers the platform interface (sglang/srt/platforms/interface.py) and sets the
-process-wide switches that are listed in docs/cpu.md.
+An out-of-tree platform, so that SGLang takes neither its CUDA nor its AMX paths. It answers the
+platform interface (sglang/srt/platforms/interface.py) and sets the process-wide switches that are
+listed in docs/cpu.md. It changes no SGLang code but for n-gram speculation (ngram.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from aircache_sglang.platform import ngram
 
 # sglang.srt.utils.common asks for current_platform while it is being imported, and so loads this
 # module: everything that needs it is imported where it is used.
@@ -63,6 +66,15 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == ngram.ALGORITHM
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        return ngram.worker() if algorithm == ngram.ALGORITHM else None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        return ngram.draft_slots
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the user left open (arg_groups/platform_hook.py:76).
 
@@ -75,6 +87,12 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # Declared for every CPU by handle_cpu_backends, and never usable here.
         if server_args.attention_backend == "intel_amx":
             server_args.attention_backend = self.get_default_attention_backend()
+        backend, policy = server_args.attention_backend, server_args.kv_policy
+        if server_args.speculative_algorithm and (backend, policy) == ("torch_native", "none"):
+            raise ValueError(
+                "--attention-backend torch_native has no mask for the drafts of "
+                "--speculative-algorithm NGRAM; add a --kv-policy, whose attention has"
+            )
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.record import CompressionRecord
 
@@ -23,10 +24,13 @@ class Decoder(Protocol):
 
 
 class Extender(Protocol):
-    """Prefill attention of requests that extend a replica."""
+    """Attention of several new tokens of a request: what extends a replica, and drafts."""
 
     def plan(self, jobs: Sequence[ExtendJob]) -> None:
         """Prepare one prefill; jobs: at least one, entered in the compression table."""
 
+    def plan_drafts(self, drafts: Drafts) -> None:
+        """Prepare one verify step, all requests of it."""
+
     def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
-        """Overwrite the rows of the jobs in one layer's output; q, out: [tokens, H_q, D]."""
+        """Overwrite what was planned in one layer's output; q, out: [tokens, H_q, D]."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill attention of requests that extend a compressed replica, in torch.
+"""Attention of several new tokens of a request whose picture is packed, in torch.
 
-The new tokens see the text before them and every packed cell, which lies before them all.
+They extend a compressed replica, or are drafts. They see the text before them and every packed
+cell, which lies before them all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from aircache_sglang.runtime.decode import layer_cell_rows
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.kv_planes import KVPlanes
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.table import CompressionTable, PoolReader, text_positions
@@ -48,17 +50,41 @@ class ExtendPlan:
 
 def plan_extend(job: ExtendJob, row: torch.Tensor, n_layers: int, pool_rows: int) -> ExtendPlan:
     """Read one request's slots; row: its entries in `req_to_token`."""
-    record, prompt, device = job.record, job.record.intent.prompt, row.device
-    text = text_positions(prompt, job.end, device)
-    new = torch.arange(job.start, job.end, device=device)
-    if record.cell_rows is None:
-        record.cell_rows = layer_cell_rows(record, n_layers, pool_rows)
+    text = text_positions(job.record.intent.prompt, job.end, row.device)
+    new = torch.arange(job.start, job.end, device=row.device)
     return ExtendPlan(
         source=job.source,
         text_slots=row[text].long(),
         visible=text[None, :] <= new[:, None],
-        cells=record.cell_rows,
+        cells=cells_of(job.record, n_layers, pool_rows),
     )
+
+
+def plan_drafts(
+    drafts: Drafts, b: int, req_to_token: torch.Tensor, n_layers: int, pool_rows: int
+) -> ExtendPlan:
+    """Read the slots of request b of a verify step."""
+    record, tree, length = drafts.records[b], drafts.tree[b], int(drafts.seq_lens[b])
+    if record is None:
+        text = torch.arange(length, device=tree.device)
+        cells = [text[:0]] * n_layers
+    else:
+        text = text_positions(record.intent.prompt, length, tree.device)
+        cells = cells_of(record, n_layers, pool_rows)
+    n = len(tree)
+    return ExtendPlan(
+        source=slice(b * n, (b + 1) * n),
+        text_slots=req_to_token[drafts.rows[b], text].long(),
+        visible=torch.cat([tree.new_ones(n, len(text) - n), tree], dim=1),
+        cells=cells,
+    )
+
+
+def cells_of(record: CompressionRecord, n_layers: int, pool_rows: int) -> list[torch.Tensor]:
+    """Absolute rows of the packed cells of a request, one int64 [n_l] a layer."""
+    if record.cell_rows is None:
+        record.cell_rows = layer_cell_rows(record, n_layers, pool_rows)
+    return record.cell_rows
 
 
 def attend_extend(
@@ -90,7 +116,7 @@ def attend_extend(
 
 
 class TorchExtender(PoolReader):
-    """Plans a prefill on the host and attends in torch, a request at a time."""
+    """Plans on the host and attends in torch, a request at a time."""
 
     def __init__(self, pool: KVPlanes, table: CompressionTable) -> None:
         super().__init__(pool, table)
@@ -103,6 +129,13 @@ class TorchExtender(PoolReader):
                 job, self.table.req_to_token[job.record.row], self.pool.layer_num, self.pool.rows
             )
             for job in jobs
+        ]
+
+    def plan_drafts(self, drafts: Drafts) -> None:
+        """Read the slots of all requests of one verify step."""
+        self._plans = [
+            plan_drafts(drafts, b, self.table.req_to_token, self.pool.layer_num, self.pool.rows)
+            for b in range(len(drafts.records))
         ]
 
     def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:

@@ -22,6 +22,7 @@ from aircache_sglang.policy import columns
 from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.compress import CompressionPass
 from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.gate import Costs
 from aircache_sglang.runtime.kv_planes import KVPlanes
@@ -45,7 +46,11 @@ READERS = 8  # requests of the decode step that is timed
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernels:
-    """What is warmed up. n_q: query heads of this rank; scale: the softmax scale."""
+    """What is warmed up.
+
+    n_q: query heads of this rank; scale: the softmax scale; n_drafts: of a request in a step that
+    verifies them, 0 for none.
+    """
 
     compress: CompressionPass
     decoder: Decoder
@@ -55,6 +60,7 @@ class Kernels:
     n_q: int
     q_dtype: torch.dtype
     scale: float
+    n_drafts: int = 0
 
     @property
     def layer(self) -> Any:
@@ -102,16 +108,25 @@ class Kernels:
         self.decoder.plan(batch, [None] * len(rows))
         self.decoder.attend(self.queries(len(rows)), self.layer, batch)
 
+    def verify(self, row: int, length: int) -> None:
+        """One layer of a step that verifies a chain of drafts; length: drafts included."""
+        n, device = self.n_drafts, self.pool.k_all.device
+        rows = torch.tensor([row], dtype=torch.int64, device=device)
+        chain = torch.ones((1, n, n), dtype=torch.bool, device=device).tril()
+        self.extender.plan_drafts(Drafts([None], rows, torch.full_like(rows, length), chain))
+        q = self.queries(n)
+        self.extender.attend(q, torch.empty_like(q), self.layer)
+
 
 def warm_up(kernels: Kernels, batches: Sequence[int]) -> None:
-    """Run pass, decode and extend attention once in all that a request may ask of them.
+    """Run pass, decode, extend and verify attention once in all that a request may ask of them.
 
     batches: sizes of decode steps, every power of two that the server may run.
     """
     with kernels.rows(1) as (row,):
         for setting in SETTINGS:
             config = dataclasses.replace(AirCacheConfig(), **setting)  # type: ignore[arg-type]
-            job = kernels.job(row, 64, 8, config)
+            job = kernels.job(row, 64, 8 + kernels.n_drafts, config)
             kernels.compress([job])
         end = job.record.intent.prompt.length
         for size in batches:
@@ -119,6 +134,8 @@ def warm_up(kernels: Kernels, batches: Sequence[int]) -> None:
         kernels.extender.plan([ExtendJob(job.record, end - 2, end, slice(0, 2))])
         q = kernels.queries(2)
         kernels.extender.attend(q, torch.empty_like(q), kernels.layer)
+        if kernels.n_drafts:
+            kernels.verify(row, end)
 
 
 def room_to_measure(kernels: Kernels) -> bool:

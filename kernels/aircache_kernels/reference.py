@@ -296,11 +296,13 @@ def extend_attention_reference(
     seq_lens: Tensor,
     *,
     sm_scale: float,
+    tree: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Attention of the last tokens of each request, [total_qo, H_q, D].
 
-    Each sees the text up to itself and all packed cells; arguments as in `extend_attention`.
+    Each sees the text up to itself, or what it follows in a tree, and all packed cells; arguments
+    as in `extend_attention`.
     """
     n_layers, rows, n_kv, head_dim = k_all.shape
     total, n_q, _ = q.shape
@@ -317,6 +319,10 @@ def extend_attention_reference(
         place = torch.arange(keys.shape[1], device=q.device)
         for token in range(first, last):
             seen = (place <= n_text[b] - (last - token)) | (place >= n_text[b])
+            if tree is not None:
+                new = slice(n_text[b] - (last - first), n_text[b])
+                seen[: new.start] = True
+                seen[new] = tree[b, token - first, : last - first]
             logits = torch.matmul(keys, q[token].to(dtype).unsqueeze(-1)).squeeze(-1) * sm_scale
             logits = logits.masked_fill(~seen, float("-inf"))
             weights = torch.softmax(logits, -1).unsqueeze(1)

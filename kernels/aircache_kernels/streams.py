@@ -104,6 +104,29 @@ def attend_text(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def attend_tree(  # type: ignore[no-untyped-def]
+    q_tile, k_all, v_all, k_base, v_base, stride_kr, stride_vr, slots, tree, node, n_nodes,
+    top, total, acc, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    N_TREE: tl.constexpr,
+):  # fmt: skip
+    """The nodes of a tree [0, n_nodes), each visible to those that follow it.
+
+    slots: of the nodes; tree: uint8 [N_TREE, N_TREE]; node: int [BLOCK_M], the node of each query.
+    """
+    for start in range(0, n_nodes, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        inside = j < n_nodes
+        slot = tl.load(slots + j, mask=inside, other=0).to(tl.int64)
+        follows = tl.load(tree + node[:, None] * N_TREE + j[None, :], mask=inside[None, :], other=0)
+        top, total, acc = _attend_tile(
+            q_tile, k_all, v_all, k_base + slot * stride_kr, v_base + slot * stride_vr,
+            inside, follows != 0, top, total, acc, scale, HEAD_DIM, BLOCK_D, DOT,
+        )  # fmt: skip
+    return top, total, acc
+
+
+@triton.jit
 def attend_cells(  # type: ignore[no-untyped-def]
     q_tile, k_all, v_all, k_base, v_base, stride_kl, stride_kr, stride_vl, stride_vr, columns,
     begin, end, top, total, acc, scale,

@@ -61,6 +61,9 @@ def handle_gpu_memory_settings(server_args: Any, previous: Callable[[Any], None]
     graphs = view.cuda_graph_config.decode
     if view.device != "cuda" or graphs.backend == Backend.DISABLED:
         return
+    if view.speculative_algorithm is not None:
+        # SGLang's own sizes: a request is as many rows as it has drafts.
+        return
     sizes = sorted(graphs.bs)
     running = view.max_running_requests or _RUNNING_REQUESTS
     flag = _operators_flag(server_args, view)

@@ -24,7 +24,6 @@ ARCHITECTURES = (
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("speculative_algorithm", None, "--speculative-algorithm"),
     ("disaggregation_mode", "null", "--disaggregation-mode"),
     ("encoder_only", False, "--encoder-only"),
     ("language_only", False, "--language-only"),
@@ -109,6 +108,30 @@ def unsupported(server_args: Any) -> Iterator[str]:
     yield from unsupported_kv_dtype(view, model_config_of(server_args), policy)
     if server_args.aircache_decode == "flashinfer":
         yield from unsupported_flashinfer(view, model_config_of(server_args), policy)
+    if view.speculative_algorithm is not None:
+        yield from unsupported_speculation(view, policy)
+
+
+def unsupported_speculation(view: Any, policy: str) -> Iterator[str]:
+    """What drafts tokens by layers of its own, and how drafts cannot be verified.
+
+    view: SGLang's resolved arguments, of a server that speculates.
+    """
+    flag = f"--speculative-algorithm {view.speculative_algorithm}"
+    if view.speculative_algorithm != "NGRAM":
+        yield (
+            f"{policy} does not work with {flag}, whose draft layers keep KV that nobody packs; "
+            "use --speculative-algorithm NGRAM or drop one of the two flags"
+        )
+        return
+    if view.enable_deterministic_inference or view.rl_on_policy_target:
+        yield (
+            f"{policy} with {flag} does not work with --enable-deterministic-inference or "
+            "--rl-on-policy-target; drop one of the flags"
+        )
+    # SGLang has none with speculation on a CPU, so that it could not be tested.
+    if not view.disable_overlap_schedule:
+        yield f"{policy} with {flag} needs --disable-overlap-schedule; add it"
 
 
 def _unsupported_environment(server_args: Any, policy: str) -> Iterator[str]:

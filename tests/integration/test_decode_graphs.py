@@ -84,13 +84,22 @@ def small_oracle(small: Path) -> Oracle:
     return Oracle(small)
 
 
+def served(checkpoint: Path, folder: Path, *flags: str) -> Iterator[Graphs]:
+    base = [*COMPRESSING_FLAGS, "--attention-backend", "triton", "--skip-server-warmup"]
+    env = {**STRICT_MEMORY_CHECKS, **as_platform(folder), "TRITON_INTERPRET": "1"}
+    with Server(checkpoint, [*base, *flags], env=env) as server:
+        yield Graphs(server)
+
+
 @pytest.fixture(scope="module")
 def graphs(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graphs]:
-    flags = [*COMPRESSING_FLAGS, "--attention-backend", "triton", "--skip-server-warmup"]
-    platform = as_platform(tmp_path_factory.mktemp("platform"))
-    env = {**STRICT_MEMORY_CHECKS, **platform, "TRITON_INTERPRET": "1"}
-    with Server(small, flags, env=env) as server:
-        yield Graphs(server)
+    yield from served(small, tmp_path_factory.mktemp("platform"))
+
+
+@pytest.fixture(scope="module")
+def graphs_of_drafts(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graphs]:
+    speculation = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "3")
+    yield from served(small, tmp_path_factory.mktemp("speculating"), *speculation)
 
 
 ONE = user_prompt(picture(1, 8, 9), "what is above the house?")
@@ -147,3 +156,23 @@ def test_more_than_the_largest_size(graphs: Graphs, small_oracle: Oracle) -> Non
         assert_agrees(small_oracle, prompt, answer)
     assert sum(replay.rows for replay in done) < (NEW_TOKENS - 1) * len(asked)
     assert all(replay.rows <= max(SIZES) for replay in done)
+
+
+def test_replays_of_drafts(graphs_of_drafts: Graphs, small_oracle: Oracle) -> None:
+    """Verify steps of both kinds: every answer is exact, and packed ones are of our graphs."""
+    captured = re.findall(r"captured (\d+) (\w+): (.*)", graphs_of_drafts.server.log())
+    sizes = [(int(size), variant) for size, variant, _ in captured]
+    assert sizes == [(n, label) for n in reversed(SIZES) for label in ("aircache", "plain")]
+    for _, variant, kernels in captured:
+        assert ("_extend_fwd_kernel" in kernels.split()) == (variant == "aircache"), kernels
+    packed, plain = {"retention": 0.3} | KEEP, {"retention": 1.0}
+    seen: list[Replay] = []
+    for asked in ([(ONE, packed)], [(TWO, packed), (ONE, plain), (TEXT, {})], [(ONE, plain)]):
+        answers, done = graphs_of_drafts.ask(*asked)
+        for (prompt, _), answer in zip(asked, answers, strict=True):
+            assert_agrees(small_oracle, prompt, answer)
+        seen += done
+    for replay in seen:
+        assert replay.size == min(size for size in SIZES if size >= replay.rows), replay
+        assert (replay.variant == "aircache") == (replay.packed > 0), replay
+    assert {"aircache", "plain"} == {replay.variant for replay in seen}

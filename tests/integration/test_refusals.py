@@ -24,7 +24,6 @@ REFUSED: dict[tuple[str, ...], str] = {
         *("--page-size", "16", "--aircache-reuse", "compressed"),
         *("--aircache-session-columns", "64"),
     ): "with --aircache-session-columns and --page-size 16; use --page-size 1",
-    ("--speculative-algorithm", "NGRAM"): "with --speculative-algorithm NGRAM; drop one",
     ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
     ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
     ("--encoder-only",): "with --encoder-only; drop one",
@@ -104,6 +103,7 @@ ACCEPTED: list[tuple[str, ...]] = [
     ("--disable-radix-cache",),
     ("--disable-overlap-schedule", "--chunked-prefill-size", "64"),
     ("--radix-eviction-policy", "lfu"),
+    ("--speculative-algorithm", "NGRAM"),
     ("--aircache-retention", "1", "--aircache-window", "last-5", "--aircache-alpha", "0"),
     ("--kv-policy", "h2o", "--tp-size", "2", "--aircache-ablation", '{"merge": 0.5}'),
     ("--aircache-ablation", '{"audience": "all"}'),
@@ -201,7 +201,6 @@ def test_a_model_without_pictures(outcomes: dict[tuple[str, ...], dict[str, str]
 # Fields of resolved arguments: what an ordinary server has, what is refused, and how it is named.
 # SGLang itself refuses some of these first on this machine; a server elsewhere has to, too.
 FIELDS: dict[str, tuple[Any, Any, str]] = {
-    "speculative_algorithm": (None, "EAGLE", "--speculative-algorithm EAGLE"),
     "disaggregation_mode": ("null", "decode", "--disaggregation-mode decode"),
     "encoder_only": (False, True, "--encoder-only"),
     "language_only": (False, True, "--language-only"),
@@ -236,7 +235,9 @@ def fine_on_a_cpu() -> Any:
     """Resolved arguments of which none of FIELDS is refused."""
     view = SimpleNamespace(**{field: fine for field, (fine, _, _) in FIELDS.items()})
     view.device, view.attention_backend, view.aircache_decode = "cpu", "torch_native", "auto"
+    view.page_size, view.enable_mixed_chunk = 1, False
     view.prefill_attention_backend = view.decode_attention_backend = None
+    view.speculative_algorithm = None
     return view
 
 
@@ -305,6 +306,28 @@ def test_flashinfer_refuses(changes: dict[str, Any], sentence: str) -> None:
     assert list(support.unsupported_flashinfer(*flashinfer_on(), POLICY)) == []
     (found,) = support.unsupported_flashinfer(*flashinfer_on(**changes), POLICY)
     assert found.startswith(f"{POLICY} with --aircache-decode flashinfer ") and sentence in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"speculative_algorithm": "EAGLE"}, "EAGLE, whose draft layers keep KV that nobody packs"),
+        ({"speculative_algorithm": "STANDALONE"}, "use --speculative-algorithm NGRAM or drop one"),
+        ({"enable_deterministic_inference": True}, "with --enable-deterministic-inference or"),
+        ({"rl_on_policy_target": "fsdp"}, "or --rl-on-policy-target; drop one of the flags"),
+        ({"disable_overlap_schedule": False}, "NGRAM needs --disable-overlap-schedule; add it"),
+    ],
+)
+def test_speculation_that_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    fine = {
+        "speculative_algorithm": "NGRAM",
+        "enable_deterministic_inference": False,
+        "rl_on_policy_target": None,
+        "disable_overlap_schedule": True,
+    }
+    assert list(support.unsupported_speculation(SimpleNamespace(**fine), POLICY)) == []
+    (found,) = support.unsupported_speculation(SimpleNamespace(**fine | changes), POLICY)
+    assert found.startswith(POLICY) and sentence in found
 
 
 def test_flashinfer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,15 +45,18 @@ class RecordingPlatform(PlainCpuPlatform):
         )
 
     def init_backend(self) -> None:
-        """Let SGLang capture on a CPU, which it does where torch.compile is asked for alone.
+        """Let SGLang capture on a CPU, which it does where torch.compile is asked for alone, and
+        replay what a GPU replays, verify steps too.
 
         Besides, `torch.get_device_module()` is torch.cuda in a build for CUDA, and has no stream.
         """
         from sglang.srt.distributed import parallel_state
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
         from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
 
         compiling = SimpleNamespace(capture=SimpleNamespace(enable_torch_compile=True))
         cuda_graph_setup.get_flags = lambda: compiling
+        ForwardMode.is_cpu_graph = ForwardMode.is_cuda_graph
         parallel_state.get_current_device_stream_fast = torch.cpu.current_stream
 
     def get_graph_runner_cls(self) -> type:

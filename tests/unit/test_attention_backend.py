@@ -169,11 +169,11 @@ def test_prefill_is_planned_by_the_stock_backend(backend: Any, state: AttentionS
     assert len(backend.plans) == 2
 
 
-IN_PREFILL = ("queries", "sums", "extends", "packs")
+MORE_THAN_STOCK = ("queries", "sums", "extends", "packs", "verifies")
 
 
-@pytest.mark.parametrize("work", IN_PREFILL)
-def test_a_scored_prefill_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
+@pytest.mark.parametrize("work", MORE_THAN_STOCK)
+def test_more_than_stock_runs_eagerly(work: str, backend: Any, state: AttentionState) -> None:
     prefill = batch(ForwardMode.EXTEND)
     assert backend.can_run_prefill_cuda_graph(prefill)
     state.extender.plan = lambda jobs: None  # type: ignore[method-assign]
@@ -193,13 +193,17 @@ def test_shared_reads_end_later_for_packed_cells_alone(backend: Any, state: Atte
 
 
 class Extender:
-    """Answers 2 in the rows of its jobs."""
+    """Answers 2 in the rows of its jobs, or in all rows of drafts."""
 
     def __init__(self) -> None:
         self.jobs: Any = ()
+        self.drafts: Any = None
 
     def plan(self, jobs: Any) -> None:
         self.jobs = jobs
+
+    def plan_drafts(self, drafts: Any) -> None:
+        self.drafts, self.jobs = drafts, [job(0, drafts.tree.shape[0] * drafts.tree.shape[1], 0)]
 
     def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         for job in self.jobs:
@@ -294,3 +298,105 @@ def test_other_prefills_are_handed_on_as_they_are(spied: Any) -> None:
     batch = prefill([7, 0], [4, 5])
     assert run(spied, batch, Work()) == [0.0] * 9
     assert spied.planned[0] is spied.attended[0] is batch
+
+
+def verify_step() -> Any:
+    """Two requests of 7 and 4 tokens with 3 drafts each, in a chain."""
+    chain = torch.ones(3, 3, dtype=torch.bool).tril()
+    masks = [torch.cat([torch.ones(3, n, dtype=torch.bool), chain], dim=1) for n in (7, 4)]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        out_cache_loc=torch.arange(1, 7),
+        req_pool_indices=torch.tensor([2, 1]),
+        seq_lens=torch.tensor([7, 4]),
+        extend_seq_lens_cpu=[3, 3],
+        spec_info=SimpleNamespace(
+            draft_token_num=3, custom_mask=torch.cat([mask.flatten() for mask in masks])
+        ),
+    )
+
+
+def test_drafts_of_a_batch_with_packed_cells_are_ours(spied: Any) -> None:
+    step = verify_step()
+    assert run(spied, step, Work(records=[RECORD, None], verifies=True)) == [2.0] * 6
+    assert spied.planned == spied.attended == []
+    drafts = spied.aircache.extender.drafts
+    assert drafts.records == [RECORD, None] and drafts.rows is step.req_pool_indices
+    assert drafts.seq_lens.tolist() == [10, 7]
+    assert torch.equal(drafts.tree, torch.ones(2, 3, 3, dtype=torch.bool).tril())
+    ((layer, slots, k, v),) = spied.written
+    assert layer is LAYER and slots is step.out_cache_loc and len(k) == len(v) == 6
+
+
+def test_drafts_of_other_batches_are_handed_on(spied: Any) -> None:
+    step = verify_step()
+    assert run(spied, step, Work()) == [0.0] * 6
+    assert spied.planned[0] is spied.attended[0] is step and spied.written == []
+
+
+def capture_step(spied: Any, size: int) -> Any:
+    """A graph of ours of a verify step is captured; the batch of SGLang's static buffers."""
+    chain = torch.ones(3, 3, dtype=torch.bool).tril()
+    step = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        batch_size=size,
+        out_cache_loc=torch.arange(3 * size),
+        req_pool_indices=torch.zeros(size, dtype=torch.int64),
+        seq_lens=torch.ones(size, dtype=torch.int64),
+        spec_info=SimpleNamespace(draft_token_num=3, custom_mask=chain.flatten()),
+    )
+    _set_capture_attention_variant(COMPRESSED)
+    spied.init_forward_metadata_out_graph(step, in_capture=True)
+    spied.init_forward_metadata_in_graph(step)
+    q = torch.zeros(3 * size, 6)
+    assert float(spied.forward(q, q, q, LAYER, step).mean()) == 2.0
+    return step
+
+
+def test_graphs_of_verify_steps_read_one_buffer_of_trees(spied: Any) -> None:
+    """Whatever is replayed, the trees of its requests are those of this step."""
+    read = {}
+    for size in (4, 2):
+        capture_step(spied, size)
+        read[size] = spied.aircache.extender.drafts.tree
+        assert torch.equal(read[size], torch.ones(size, 3, 3, dtype=torch.bool).tril())
+    assert spied.planned == spied.attended == []
+    assert read[2].data_ptr() == read[4].data_ptr()
+    with pytest.raises(AssertionError, match="a larger batch came later"):
+        capture_step(spied, 5)
+
+    live = verify_step()
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    masks = [torch.cat([torch.ones(3, n, dtype=torch.bool), fork], dim=1) for n in (7, 4)]
+    live.spec_info.custom_mask = torch.cat([mask.flatten() for mask in masks])
+    # As SGLang replays it: padded to a size that was captured.
+    live.batch_size, live.seq_lens = 4, torch.tensor([7, 4, 1, 1])
+    with spied.aircache.during(Work(records=[RECORD, None], verifies=True)):
+        spied.init_forward_metadata_out_graph(live)
+    assert torch.equal(read[2], fork.repeat(2, 1, 1))
+    assert torch.equal(read[4][2:], torch.ones(2, 3, 3, dtype=torch.bool).tril())
+
+
+def test_stock_graphs_of_verify_steps_are_left_alone(spied: Any) -> None:
+    asked: list[Any] = []
+    spied_class = type(spied).__mro__[1]
+    spied_class.init_forward_metadata_out_graph = lambda self, batch, in_capture=False: (
+        asked.append(in_capture)
+    )
+    try:
+        _set_capture_attention_variant(PLAIN)
+        spied.init_forward_metadata_out_graph(verify_step(), in_capture=True)
+        _set_capture_attention_variant(None)
+        spied.init_forward_metadata_out_graph(verify_step())
+    finally:
+        del spied_class.init_forward_metadata_out_graph
+    assert asked == [True, False]
+
+
+def test_shared_reads_of_drafts_of_ours_end_behind_the_replay(spied: Any) -> None:
+    mode = ForwardMode.TARGET_VERIFY
+    stock = spied.shared_read_ends(mode)
+    assert stock is not SharedReadEnds.POST_REPLAY
+    with spied.aircache.during(Work(records=[RECORD], verifies=True)):
+        assert spied.shared_read_ends(mode) is SharedReadEnds.POST_REPLAY
+    assert spied.shared_read_ends(mode) is stock

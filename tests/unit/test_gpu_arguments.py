@@ -36,6 +36,9 @@ OFF = ("--kv-policy", "none")
 UP_TO_256 = [1, 2, 4, 8, 12, *range(16, 257, 8)]
 FURTHER = [*range(288, 513, 32), *range(576, 1025, 64)]
 
+NGRAM = ("--speculative-algorithm", "NGRAM")
+SERIAL = ("--disable-overlap-schedule",)
+
 # Device, model, flags; "stock" has no flag of ours and does not even load the plugin.
 Case = tuple[str, str, tuple[str, ...]]
 TYPICAL: list[tuple[str, tuple[str, ...]]] = [
@@ -49,7 +52,11 @@ TYPICAL: list[tuple[str, tuple[str, ...]]] = [
     ("tiny", ("--cuda-graph-bs-decode", "1", "8", "96")),
 ]
 STOCK: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-    "H100": [*TYPICAL, ("tiny", ("--attention-backend", "fa3"))],
+    "H100": [
+        *TYPICAL,
+        ("tiny", ("--attention-backend", "fa3")),
+        ("tiny", (*NGRAM, *SERIAL)),
+    ],
     "B200": [("tiny", ()), ("7B", ("--tp-size", "8"))],
     "RTX 5090": [("tiny", ())],
 }
@@ -68,6 +75,7 @@ OURS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("tiny", ("--cuda-graph-max-bs-decode", "64", "--aircache-retention", "1")),
         ("tiny", ("--disable-cuda-graph-padding",)),
         ("tiny", ("--disable-decode-cuda-graph",)),
+        ("tiny", NGRAM),
     ],
     "B200": [
         ("tiny", ("--decode-attention-backend", "triton")),
@@ -298,6 +306,14 @@ def test_answers_that_no_batch_changes(
         f"{POLICY} works with {flags[0]} by its Triton decode on a CUDA device alone, since "
         "another follows what else is in the batch; drop one of the two flags"
     )
+
+
+def test_speculation_keeps_the_graphs_of_stock(
+    accepted: Resolve, refused: Callable[..., str]
+) -> None:
+    assert refused("H100", *NGRAM).endswith("NGRAM needs --disable-overlap-schedule; add it")
+    stock, ours = (accepted("H100", *NGRAM, *SERIAL, which=which) for which in ("stock", ON))
+    assert ours["decode"] == stock["decode"] and stock["decode"]["backend"] == "full"
 
 
 # Decode graphs

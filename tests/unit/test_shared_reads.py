@@ -35,6 +35,7 @@ WORK = {
     "sums": Work(sums=[object()]),  # type: ignore[list-item]
     "extends": Work(extends=[object()]),  # type: ignore[list-item]
     "a pass without queries in its chunk": Work(packs=True),
+    "drafts": Work(verifies=True),
 }
 
 

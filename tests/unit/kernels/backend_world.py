@@ -65,6 +65,9 @@ class Mode(enum.Enum):
     def is_decode(self) -> bool:
         return self is Mode.DECODE
 
+    def is_target_verify(self) -> bool:
+        return False
+
 
 @dataclasses.dataclass(slots=True)
 class Batch:
@@ -91,6 +94,9 @@ class Stock:
         pass
 
     def init_forward_metadata_out_graph(self, batch: Batch, in_capture: bool = False) -> None:
+        pass
+
+    def init_forward_metadata_in_graph(self, batch: Batch) -> None:
         pass
 
     def forward(

@@ -190,10 +190,11 @@ def attention_kernels(
         rows, lens = torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.int64)
         q = torch.zeros(batch, n_q, head_dim, dtype=dtype)
         decode_attention(q, pool, pool.clone(), 0, tables, rows, lens, sm_scale=1.0)
-    extend_attention(
-        q, torch.zeros(batch + 1, dtype=torch.int32), pool, pool.clone(), 0, tables, rows, lens,
-        max_qo_len=9, sm_scale=1.0,
-    )  # fmt: skip
+    for tree in (None, torch.ones(batch, 9, 9, dtype=torch.bool)):
+        extend_attention(
+            q, torch.zeros(batch + 1, dtype=torch.int32), pool, pool.clone(), 0, tables, rows, lens,
+            max_qo_len=9, sm_scale=1.0, tree=tree,
+        )  # fmt: skip
     build_flashinfer_tables(
         tables, rows, lens, rows=context,
         kv_indptr=torch.empty(n_layers, batch + 1, dtype=torch.int32),

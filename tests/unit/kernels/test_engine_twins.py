@@ -16,6 +16,7 @@ from aircache_sglang.runtime import kernel_pass, transfer
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent, rungs_of
 from aircache_sglang.runtime.decode import TorchDecoder
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.extend import ExtendJob, TorchExtender
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
@@ -321,3 +322,50 @@ def test_extenders_agree(kv_dtype: torch.dtype, device: torch.device) -> None:
     others[3:5] = others[9:18] = False
     assert (outputs[0][:, others] == 7.0).all() and not (outputs[0][:, ~others] == 7.0).any()
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+# Of three nodes: one after the other, and two that follow the first.
+TREES = {
+    "chain": [[True, False, False], [True, True, False], [True, True, True]],
+    "fork": [[True, False, False], [True, True, False], [True, False, True]],
+}
+
+
+@KV_DTYPES
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("tree", TREES)
+def test_a_draft_sees_what_it_would_see_decoded(
+    tree: str, kernels: bool, kv_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Each draft as a decode step behind those that it follows, packed requests and others."""
+    side = build(list(MIXED), kv_dtype, device=device)
+    (KernelPass if kernels else TorchPass)(side.inputs)(side.jobs)
+    table, n = side.inputs.table, 3
+    rows = torch.tensor([3, 4, 1, 2], device=device)
+    lengths = [PROMPTS[2].length + 2, 50, PROMPTS[0].length + 2, PROMPTS[1].length]
+    seq_lens = torch.tensor(lengths, device=device)
+    by_row = {job.record.row: job.record for job in side.jobs}
+    records = [by_row.get(row) for row in rows.tolist()]
+    follows = torch.tensor([TREES[tree]] * 4, device=device)
+    q = torch.randn(4, n, H_Q, D, generator=torch.Generator().manual_seed(1)).to(device)
+    layers = [SimpleNamespace(layer_id=layer, scaling=D**-0.5) for layer in range(L)]
+
+    extender = (KernelExtender if kernels else TorchExtender)(side.pool, table)
+    extender.plan_drafts(Drafts(records, rows, seq_lens, follows))
+    found = torch.full((L, 4 * n, H_Q, D), float("nan"), device=device)
+    for layer in layers:
+        extender.attend(q.view(-1, H_Q, D), found[layer.layer_id], layer)
+
+    decoder = TorchDecoder(side.pool, table)
+    stored = table.req_to_token.clone()
+    for draft in range(n):
+        path = follows[0, draft].nonzero().view(-1)
+        for row, length in zip(rows.tolist(), lengths, strict=True):
+            drafts = stored[row, length - n : length]
+            table.req_to_token[row, length - n : length - n + len(path)] = drafts[path]
+        batch = SimpleNamespace(req_pool_indices=rows, seq_lens=seq_lens - n + len(path))
+        decoder.plan(batch, records)
+        expected = torch.stack([decoder.attend(q[:, draft], layer, batch) for layer in layers])
+        got = found.view(L, 4, n, H_Q, D)[:, :, draft]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        table.req_to_token.copy_(stored)

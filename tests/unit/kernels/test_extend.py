@@ -29,7 +29,18 @@ def queries(case: DecodeCase, new: Sequence[int], seed: int = 0) -> tuple[Tensor
     return q.to(case.q), prefix(new, case.q.device)
 
 
-def hold(case: DecodeCase, new: Sequence[int]) -> None:
+def random_trees(batch: int, n: int, device: torch.device, *, seed: int = 0) -> Tensor:
+    """bool [batch, n, n]: each node follows one before it, the first none; n of 1 is a chain."""
+    generator = torch.Generator().manual_seed(seed)
+    trees = torch.eye(n, dtype=torch.bool).repeat(batch, 1, 1)
+    for b in range(batch):
+        for node in range(1, n):
+            parent = int(torch.randint(0, node, (), generator=generator))
+            trees[b, node] |= trees[b, parent]
+    return trees.to(device)
+
+
+def hold(case: DecodeCase, new: Sequence[int], tree: Tensor | None = None) -> None:
     """Every layer's output; the error against float64 is held to that of eager code."""
     q, qo_indptr = queries(case, new)
     scale = q.shape[2] ** -0.5
@@ -41,10 +52,13 @@ def hold(case: DecodeCase, new: Sequence[int]) -> None:
             *inputs,
             max_qo_len=max(new),
             sm_scale=scale,
+            tree=tree,
         )
-        truth = reference.extend_attention_reference(q, qo_indptr, *inputs, sm_scale=scale)
+        truth = reference.extend_attention_reference(
+            q, qo_indptr, *inputs, sm_scale=scale, tree=tree
+        )
         eager = reference.extend_attention_reference(
-            q, qo_indptr, *inputs, sm_scale=scale, dtype=q.dtype
+            q, qo_indptr, *inputs, sm_scale=scale, tree=tree, dtype=q.dtype
         )
         # the store in the output type, and float32 rounding inside
         rounding = torch.finfo(q.dtype).eps + 16 * torch.finfo(torch.float32).eps
@@ -73,6 +87,58 @@ def test_dtypes(dtype: torch.dtype, fp8: bool, device: torch.device) -> None:
 def test_lengths(new: list[int], device: torch.device) -> None:
     """Down to one token, none at all, or all of an uncompressed request."""
     hold(decode_case(MIXED, device=device), new)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13, 21])
+@pytest.mark.parametrize(("n_q", "n_kv"), [(4, 2), (14, 2)])
+def test_trees(n: int, n_q: int, n_kv: int, device: torch.device) -> None:
+    """Of one node up to more rows than a tile has."""
+    case = decode_case(MIXED[:3], n_q=n_q, n_kv=n_kv, device=device)
+    hold(case, [n] * 3, random_trees(3, n, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_types_of_trees(dtype: torch.dtype, fp8: bool, device: torch.device) -> None:
+    kv_dtype = FP8_DTYPE if fp8 else None
+    case = decode_case(MIXED[:3], dtype=dtype, kv_dtype=kv_dtype, device=device)
+    hold(case, [7] * 3, random_trees(3, 7, device))
+
+
+def test_a_tree_that_is_a_whole_request(device: torch.device) -> None:
+    """No text before it, so that its own first node is all that some see besides themselves."""
+    case = decode_case(MIXED[3:], device=device)
+    hold(case, [5], random_trees(1, 5, device))
+
+
+def test_a_chain_is_causal(device: torch.device) -> None:
+    case = decode_case(MIXED[:3], device=device)
+    q, qo_indptr = queries(case, [7] * 3)
+    _, *inputs = case.inputs(1)
+    options = {"max_qo_len": 7, "sm_scale": 0.2}
+    chain = torch.ones(3, 7, 7, dtype=torch.bool, device=device).tril()
+    causal = extend_attention(q, qo_indptr, *inputs, **options)
+    of_chain = extend_attention(q, qo_indptr, *inputs, **options, tree=chain)
+    torch.testing.assert_close(of_chain, causal, rtol=0.0, atol=1e-5)
+
+
+def test_a_branch_changes_nothing_beside_it(device: torch.device) -> None:
+    """A node's KV is read by those that follow it, and by nobody else."""
+    case = decode_case(MIXED[1:2], device=device)
+    q, qo_indptr = queries(case, [6])
+    _, *inputs = case.inputs(1)
+    tree = torch.eye(6, dtype=torch.bool, device=device)[None].contiguous()
+    tree[:, :, 0] = True
+    tree[0, 4, 2] = True  # 0 has children 1, 2, 3 and 5, and 2 has the child 4
+    options = {"max_qo_len": 6, "sm_scale": 0.2, "tree": tree}
+    before = extend_attention(q, qo_indptr, *inputs, **options)
+    row, length = int(case.req_pool_indices[0]), int(case.seq_lens[0])
+    slot = int(case.req_to_token[row, length - 6 + 2])
+    case.k_all[1, slot] += 1.0
+    case.v_all[1, slot] += 1.0
+    after = extend_attention(q, qo_indptr, *inputs, **options)
+    same = [torch.equal(before[node], after[node]) for node in range(6)]
+    assert same == [True, True, False, True, False, True]
 
 
 def test_a_later_token_changes_nothing_before_it(device: torch.device) -> None:
@@ -118,5 +184,8 @@ def test_bad_arguments(device: torch.device) -> None:
         extend_attention(q, qo_indptr[:4], *inputs, **options)
     with pytest.raises(ValueError, match="max_qo_len must be an integer >= 1, got 0"):
         extend_attention(q, qo_indptr, *inputs, **{**options, "max_qo_len": 0})
+    with pytest.raises(ValueError, match=r"tree must have shape \[4, 24, 24\], got \[4, 24, 23\]"):
+        short = torch.ones(4, 24, 23, dtype=torch.bool, device=device)
+        extend_attention(q, qo_indptr, *inputs, **options, tree=short)
     with pytest.raises(ValueError, match=r"q must have shape \[total_qo, H_q, 32\]"):
         extend_attention(q[..., :16], qo_indptr, *inputs, **options)

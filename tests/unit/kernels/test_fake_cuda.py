@@ -30,6 +30,7 @@ from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.policy import columns
 from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent
+from aircache_sglang.runtime.drafts import Drafts
 from aircache_sglang.runtime.extend import ExtendJob
 from aircache_sglang.runtime.kernel_decode import KernelDecoder
 from aircache_sglang.runtime.kernel_extend import KernelExtender
@@ -215,6 +216,24 @@ def extend_of(served: Served) -> Callable[[], None]:
     return run
 
 
+def verify_of(served: Served, batch: int, n: int) -> Callable[[], None]:
+    """n drafts of each request, and SGLang's mask for prefixes of up to 40 tokens."""
+    rows, lens = (torch.ones(batch, dtype=torch.int64, device=CUDA) for _ in range(2))
+    mask = torch.empty(batch * n * (40 + n), dtype=torch.bool, device=CUDA)
+    forward_batch = SimpleNamespace(
+        req_pool_indices=rows,
+        seq_lens=lens,
+        spec_info=SimpleNamespace(custom_mask=mask, draft_token_num=n),
+    )
+    extender, q = KernelExtender(served.pool, served.table), served.queries(batch * n)
+
+    def run() -> None:
+        extender.plan_drafts(Drafts.of(forward_batch, [None] * batch))
+        extender.attend(q, torch.empty_like(q), served.layer)
+
+    return run
+
+
 def page_tables_of(served: Served, batch: int) -> Callable[[], None]:
     """As FlashInferDecoder keeps them (runtime/flashinfer_decode.py), for some pages."""
     rows, lens = (torch.ones(batch, dtype=torch.int64, device=CUDA) for _ in range(2))
@@ -289,6 +308,16 @@ def test_extend(
     assert [one.kernel for one in launches] == ["_extend_fwd_kernel"]
 
 
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@TYPES
+def test_verify(
+    dtype: torch.dtype, kv_dtype: torch.dtype, batch: int, launches: list[Launch], fake: None
+) -> None:
+    verify_of(Served(SHAPE, dtype, kv_dtype), batch, 12)()
+    check(launches)
+    assert [one.kernel for one in launches] == ["_extend_fwd_kernel"]
+
+
 @TYPES
 def test_the_types_that_are_compiled(
     dtype: torch.dtype, kv_dtype: torch.dtype, launches: list[Launch]
@@ -307,6 +336,7 @@ def test_the_types_that_are_compiled(
             pass_of(served),
             decode_of(served, 16, torch.int64),
             extend_of(served),
+            verify_of(served, 16, 12),
             page_tables_of(served, 16),
         ):
             run()

@@ -34,6 +34,8 @@ def resolved(**given: Any) -> SimpleNamespace:
     """Arguments as SGLang hands them over, after its own handle_cpu_backends."""
     args = SimpleNamespace(
         attention_backend="intel_amx",
+        speculative_algorithm=None,
+        kv_policy="none",
         cuda_graph_config=CudaGraphConfig(),
         max_total_tokens=None,
         mem_fraction_static=None,
@@ -62,6 +64,13 @@ def test_the_users_choices_stay() -> None:
     args = resolved(attention_backend="triton", max_total_tokens=77, max_running_requests=3)
     assert args.attention_backend == "triton"
     assert (args.max_total_tokens, args.max_running_requests) == (77, 3)
+
+
+def test_drafts_need_an_attention_with_a_mask() -> None:
+    resolved(speculative_algorithm="NGRAM", kv_policy="aircache")
+    with pytest.raises(ValueError, match="torch_native has no mask for the drafts"):
+        resolved(speculative_algorithm="NGRAM")
+    resolved(speculative_algorithm="NGRAM", attention_backend="triton")
 
 
 def test_a_memory_fraction_lifts_the_token_limit() -> None:
