@@ -95,6 +95,9 @@ class AirCacheRadixCache(SpanTree):
 
     def checkpoint(self, req: Any, *, up_to: int) -> None:
         """Publish what may be shared of a running or finished request."""
+        # A mixed step may have counted a token that is not known yet (ScheduleBatch,
+        # mix_with_running).
+        up_to = min(up_to, len(req.full_untruncated_fill_ids))
         self._free_surplus(req)
         record = self.requests.records.get(req.kv.req_pool_idx)
         if record is not None and record.stage is Stage.PREFILLED:

@@ -113,7 +113,7 @@ class FakeReq:
         self.skip_radix_cache_insert = False
         self.lock: Any = None
         self.last_node: Any = None
-        self.prefix_len = self.extend_end = self.extend_batch_idx = 0
+        self.prefix_len = self.extend_end = self.extend_batch_idx = self.prefilled = 0
         self.finished_len: int | None = None
         self.retracted_stain = False
         self.phase = Phase.WAITING
@@ -249,7 +249,7 @@ class World:
             prefix = self.tree.path_device_indices(req.last_node)[: req.prefix_len]
             self.rows.alloc([req])
             self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.int())
-        req.extend_end = req.prefix_len + extend
+        req.extend_end = req.prefilled = req.prefix_len + extend
         req.extend_batch_idx += 1
         self.compressor._running = self.running()
         self.compressor.make_room(SimpleNamespace(reqs=[req], tree_cache=self.tree))
@@ -328,8 +328,11 @@ class World:
         self.pool.k_all[:, slot] = value
         self.pool.v_all[:, slot] = value
 
-    def decode(self, req: FakeReq) -> bool:
-        """Launch one step; its slot is allocated, its token known only to the next `result`."""
+    def decode(self, req: FakeReq, *, mixed: bool = False) -> bool:
+        """Launch one step; its slot is allocated, its token known only to the next `result`.
+
+        mixed: in the batch of a prefill (schedule_batch.py, mix_with_running).
+        """
         length = req.kv.kv_allocated_len
         self.pressure.for_decode(self.tree, self._slots(length, length + 1), self.running())
         self.pressure.launch()
@@ -338,6 +341,9 @@ class World:
             return False
         self.rows.write((req.kv.req_pool_idx, length), slots.int())
         req.kv.kv_allocated_len = req.kv.kv_committed_len = length + 1
+        if mixed:
+            req.refresh_fill_ids()
+            req.extend_end = length + 1
         record = self.compressor.records.get(req.kv.req_pool_idx)
         ids = tuple([*req.ids, 999][: length + 1])
         self._write(int(slots), lossy(record.intent, ids) if record else truth(ids))
@@ -498,7 +504,7 @@ class World:
                 del places[p]
             for j, p in enumerate(between_positions(prompt).tolist()):
                 places[p] = gap_end + j
-            lossy_from = record.intent.replica_end if record.reused else req.extend_end
+            lossy_from = record.intent.replica_end if record.reused else req.prefilled
             if packs := state_of(req).packs:
                 lossy_from = len(req.origin_input_ids) + packs[0].packed_at - 1
             if record.stage is Stage.PREFILLED:
@@ -822,6 +828,21 @@ def test_retraction_frees_everything_and_the_second_life_compresses_again(
     world.finish(req)
     world.check()
     assert world.free_or_evictable() == 80
+
+
+@pytest.mark.parametrize("config", [None, {"retention": 1.0}, REUSE], ids=str)
+def test_a_mixed_step_before_the_result_of_the_prefill(config: Any) -> None:
+    """It has counted a token by then that is not known yet, and the prompt is published alone."""
+    world = World(64)
+    ids, spans = pictures((10, 1))
+    req = world.submit([*ids, 7, 8, 9], spans, config)
+    assert world.prefill(req)
+    req.output_ids, said = array("q"), req.output_ids
+    assert world.decode(req, mixed=True)
+    req.output_ids = said
+    world.result(req)
+    world.check()
+    assert req.kv.cache_protected_len == len(req.origin_input_ids)
 
 
 def test_hits_are_counted_once_a_prompt() -> None:
@@ -1197,11 +1218,11 @@ class Scheduler(RuleBasedStateMachine):
         self.world.prefill(self.pick(data, Phase.WAITING, Phase.CHUNKED), chunk, reserve=reserve)
 
     @precondition(has(Phase.IN_FLIGHT, Phase.RUNNING))
-    @rule(data=st.data())
-    def decode(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), mixed=st.booleans())
+    def decode(self, data: st.DataObject, mixed: bool) -> None:
         req = self.pick(data, Phase.IN_FLIGHT, Phase.RUNNING)
         if len(req.output_ids) < 6:
-            self.world.decode(req)
+            self.world.decode(req, mixed=mixed)
 
     @precondition(has(Phase.IN_FLIGHT))
     @rule(data=st.data())
