@@ -5,6 +5,10 @@
         --aircache-reuse compressed --aircache-session-columns 160 --aircache-rungs 0.3,0.1
     python -m examples.watch http://127.0.0.1:30000 --turns 60
 
+It is one session of SGLang's (`/open_session`), so that every frame is sent once. Stock SGLang does
+not survive a second picture in a session (docs/bad-requests.md); `--resend` sends the whole
+conversation with every turn instead, to any server.
+
 Each line says what a turn took: tokens of the whole conversation, those computed anew, columns that
 all frames hold together, and seconds to the first token.
 """
@@ -36,10 +40,66 @@ def frame(number: int) -> tuple[str, str]:
     return url, page.facts["SUM"]
 
 
-def asked(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The conversation as the model's chat template writes it."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+class Conversation:
+    """What is sent of it: each turn alone, or all of it with every turn."""
+
+    def __init__(self, url: str, tokenizer: Any, *, resend: bool) -> None:
+        self._url, self._tokenizer, self._resend = url, tokenizer, resend
+        self._messages: list[dict[str, str]] = []
+        self._frames: list[str] = []
+        self._session: str | None = None
+        self._last: str | None = None
+        self._ended_by = ""
+        if not resend:
+            opened = requests.post(
+                f"{url}/open_session", json={"capacity_of_str_len": 10_000_000}, timeout=30
+            )
+            opened.raise_for_status()
+            self._session = opened.json()
+
+    def turn(self, picture: str) -> dict[str, Any]:
+        """The request about a further frame."""
+        before = self._written()
+        self._messages.append({"role": "user", "content": PICTURE + "what is the value of SUM?"})
+        self._frames.append(picture)
+        text = self._written()
+        if self._resend:
+            return {"text": text, "image_data": self._frames}
+        # The session has all that was said, the token that ended the answer included.
+        params = {"id": self._session, "rid": self._last}
+        return {
+            "text": text.removeprefix(before),
+            "image_data": [picture],
+            "session_params": params,
+        }
+
+    def said(self, answer: dict[str, Any]) -> None:
+        """Note the answer to the last turn."""
+        self._last = answer["meta_info"]["id"]
+        token = answer["meta_info"]["finish_reason"].get("matched")
+        self._ended_by = self._tokenizer.decode([token]) if isinstance(token, int) else ""
+        self._messages.append({"role": "assistant", "content": answer["text"]})
+
+    def close(self) -> None:
+        if self._session is not None:
+            requests.post(
+                f"{self._url}/close_session", json={"session_id": self._session}, timeout=30
+            )
+
+    def _written(self) -> str:
+        """The conversation so far as the model's chat template writes it, up to an answer."""
+        if not self._messages:
+            return ""
+        answered = self._messages[-1]["role"] == "assistant"
+        text: str = self._tokenizer.apply_chat_template(
+            self._messages, tokenize=False, add_generation_prompt=not answered
+        )
+        if answered:
+            said = self._messages[-1]["content"]
+            end = text.rindex(said) + len(said)
+            ended = self._ended_by if text.startswith(self._ended_by, end) else ""
+            return text[:end] + ended
+        return text
 
 
 def first_token(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -68,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("url", help="of the server")
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=12, help="of an answer")
+    parser.add_argument("--resend", action="store_true", help="all of it with every turn")
     arguments = parser.parse_args(argv)
     if arguments.turns < 1:
         parser.error(f"--turns must be at least 1, got {arguments.turns}")
@@ -77,20 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except requests.RequestException as error:
         print(f"no SGLang server answers at {url}: {error}", file=sys.stderr)
         return 1
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    messages: list[dict[str, str]] = []
-    frames: list[str] = []
+    conversation = Conversation(url, AutoTokenizer.from_pretrained(model), resend=arguments.resend)
     right = 0
     print(f"{'turn':>4} {'tokens':>7} {'anew':>5} {'columns':>7} {'seconds':>7}  answer")
     for turn in range(1, arguments.turns + 1):
         picture, value = frame(turn)
-        frames.append(picture)
-        content = PICTURE + "what is the value of SUM?"
-        messages.append({"role": "user", "content": content})
-        body = {
-            "text": asked(tokenizer, messages),
-            "image_data": frames,
-            "sampling_params": {"max_new_tokens": arguments.tokens, "temperature": 0.0},
+        body = conversation.turn(picture) | {
+            "sampling_params": {"max_new_tokens": arguments.tokens, "temperature": 0.0}
         }
         try:
             seconds, answer = first_token(url, body)
@@ -106,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{turn:>4} {meta['prompt_tokens']:>7} {anew:>5} {columns:>7} {seconds:>7.2f}  {said}"
         )
-        messages.append({"role": "assistant", "content": answer["text"]})
+        conversation.said(answer)
+    conversation.close()
     print(f"{right} of {arguments.turns} answers are what stands on the newest frame")
     return 0
 

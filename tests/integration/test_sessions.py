@@ -100,9 +100,12 @@ def test_a_conversation_with_a_picture_a_turn(bounded: Server, oracle: Oracle) -
 
 
 @pytest.mark.parametrize("bounded", ["overlap"], indirect=True)
-def test_the_example(bounded: Server) -> None:
+@pytest.mark.parametrize("sent", [[], ["--resend"]], ids=["session", "resend"])
+def test_the_example(bounded: Server, sent: list[str]) -> None:
+    bounded.flush_cache()
+    watch = [sys.executable, "-m", "examples.watch", bounded.url, *sent]
     printed = subprocess.run(
-        [sys.executable, "-m", "examples.watch", bounded.url, "--turns", "3", "--tokens", "3"],
+        [*watch, "--turns", "3", "--tokens", "3"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
