@@ -8,8 +8,11 @@ process-wide switches that are listed in docs/cpu.md.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
+import types
 from typing import Any
 
 import torch
@@ -23,6 +26,10 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 MAX_TOTAL_TOKENS = 65_536
 MAX_RUNNING_REQUESTS = 64
 SHARED_MEMORY_FRACTION = 0.8
+# Of adapters, which ask for pinned tensors by argument: lora/layers.py:475,
+# lora/backend/torch_backend.py:236.
+LORA_MODULES = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
+LORA_FACTORIES = ("tensor", "zeros")
 
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -63,6 +70,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Before adapters are loaded (model_executor/model_runner.py, load_model)."""
+        let_adapters_be_pageable()
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the user left open (arg_groups/platform_hook.py:76).
 
@@ -86,6 +97,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang's default reserves 2048 rows of context_len int32 in the request table.
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
+
+        # SGLang's default runs on Triton.
+        if server_args.lora_backend == "csgmv":
+            server_args.lora_backend = "torch_native"
 
         # An idle scheduler spins on a core, and here its cores are those of everybody else.
         server_args.sleep_on_idle = True
@@ -124,6 +139,35 @@ def make_pin_memory_a_no_op() -> None:
         return self
 
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
+
+
+class PageableTorch(types.ModuleType):
+    """The module `torch`, but for factories that leave out `pin_memory`."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        return pageable(found) if name in LORA_FACTORIES else found
+
+
+def pageable(factory: Any) -> Any:
+    """A factory of tensors that pins nothing: without an accelerator it could only raise."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = factory(*args, **kwargs)
+        return made
+
+    return make
+
+
+def let_adapters_be_pageable() -> None:
+    """Show SGLang's modules of adapters another `torch`.
+
+    Wrapping torch's own factories would hide them from `with torch.device(...)`, which knows them
+    by identity (torch/utils/_device.py).
+    """
+    for name in LORA_MODULES:
+        importlib.import_module(name).torch = PageableTorch("torch")  # type: ignore[attr-defined]
 
 
 def bind_ranks(ranks: int) -> None:
