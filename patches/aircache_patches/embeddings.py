@@ -21,9 +21,9 @@ def flush_cache(*args: Any, **kwargs: Any) -> None:
     forget()
 
 
-def record_weight_version_after_update(*args: Any, **kwargs: Any) -> None:
-    """AFTER SchedulerWeightUpdaterManager.record_weight_version_after_update, to which all updates
-    come that have succeeded, whether they flush or not (`flush_cache: false`)."""
+def flush_cache_after_weight_update(*args: Any, **kwargs: Any) -> None:
+    """BEFORE SchedulerWeightUpdaterManager.flush_cache_after_weight_update, to which every update
+    comes that has changed the weights, whether it may flush or not (`flush_cache: false`)."""
     forget()
 
 

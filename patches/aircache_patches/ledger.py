@@ -126,9 +126,9 @@ def hooks() -> list[Hook]:
         ),
         Hook(
             srt + "managers.scheduler_components.weight_updater"
-            ".SchedulerWeightUpdaterManager.record_weight_version_after_update",
-            embeddings.record_weight_version_after_update,
-            after,
+            ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update",
+            embeddings.flush_cache_after_weight_update,
+            before,
         ),
     ]
 
