@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers import mm_schedule
-from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
 
@@ -49,4 +48,3 @@ def test_every_update_that_succeeds_comes_by() -> None:
     assert (
         "flush_cache" in SchedulerWeightUpdaterManager.release_memory_occupation.__code__.co_names
     )
-    assert callable(Scheduler.flush_cache)
