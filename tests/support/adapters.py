@@ -31,7 +31,7 @@ def make_adapter(
             continue
         rows, columns = module.weight.shape
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        size = STRENGTH * float(module.weight.std()) / (2 * rank**0.5)
+        size = STRENGTH * float(module.weight.detach().std()) / (2 * rank**0.5)
         weights[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
         weights[f"{PREFIX}{name}.lora_B.weight"] = size * torch.randn(
             rows, rank, generator=generator
