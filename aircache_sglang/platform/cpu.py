@@ -45,6 +45,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         disable_compilation()
         make_pin_memory_a_no_op()
+        make_synchronize_a_no_op()
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Bytes this process may use: the machine's memory, or its container's limit."""
@@ -139,6 +140,19 @@ def make_pin_memory_a_no_op() -> None:
         return self
 
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
+
+
+def make_synchronize_a_no_op() -> None:
+    """Let ``torch.cuda.synchronize`` return: without a GPU it can only raise, and nothing runs.
+
+    It is what ``torch.get_device_module()`` has in a build for CUDA, whatever the machine; there
+    ``/release_memory_occupation`` ends the scheduler (scheduler_components/weight_updater.py:379).
+    """
+
+    def synchronize(device: Any = None) -> None:
+        return None
+
+    torch.cuda.synchronize = synchronize
 
 
 class PageableTorch(types.ModuleType):

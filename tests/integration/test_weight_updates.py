@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import pickle
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,9 @@ from tests.support.preloaded import PreloadedServer
 
 pytestmark = pytest.mark.server
 
-LONG = 400
+# Tokens of an answer that is to last until the next call; the next ones if it did not.
+LENGTHS = (60, 240, 960)
+BEFORE_THE_PICTURE = 16  # tokens, more than any prompt here has
 PROMPT = user_prompt(picture(1, 12, 11), "what is above the small white house?")
 COMPRESSED = {"reuse": "compressed", "return_selection": True}
 
@@ -70,13 +71,11 @@ class Updated:
         assert response.status_code == 200, response.text
 
     def check_anew(self, prompt: Prompt = PROMPT) -> None:
-        """The picture is computed anew, exact and compressed, and by the weights in force."""
+        """The picture is computed anew, exact and compressed, and by the weights in force; what is
+        computed here is there for the next update to forget."""
         whole = ask(self.server, prompt, {"retention": 1.0}, max_new_tokens=8)
-        assert cached(whole) == 0
+        assert cached(whole) < BEFORE_THE_PICTURE
         assert_agrees(self.oracle, prompt, whole)
-        self.check(prompt)
-
-    def check(self, prompt: Prompt = PROMPT) -> None:
         answer = question(self.server, prompt, **COMPRESSED)
         report = answer["meta_info"]["aircache"]
         assert not report["reused"]
@@ -103,52 +102,57 @@ def in_flight(updated: Updated, threads: ThreadPoolExecutor) -> list[tuple[Promp
         user_prompt(picture(40 + i, 10, 9), "how many?" + words(9, seed=i)) for i in (1, 2, 3)
     ]
     prompts.append(user_prompt("tell me of the sea" + words(5)))
-    asked = []
-    for prompt, own in zip(prompts, overrides, strict=True):
-        wanted = {"return_selection": True, **own}
-        one = threads.submit(ask, updated.server, prompt, wanted, max_new_tokens=LONG)
-        asked.append((prompt, one))
-    deadline = time.monotonic() + 60
-    while loads(updated.server)["num_running_reqs"] < len(asked):
-        assert time.monotonic() < deadline and not any(one.done() for _, one in asked)
-        time.sleep(0.02)
-    # Past the prefill of the last one.
-    time.sleep(0.3)
-    assert not any(one.done() for _, one in asked), "LONG is too short for this machine"
-    return asked
+    for length in LENGTHS:
+        asked = []
+        for prompt, own in zip(prompts, overrides, strict=True):
+            wanted = {"return_selection": True, **own}
+            one = threads.submit(ask, updated.server, prompt, wanted, max_new_tokens=length)
+            asked.append((prompt, one))
+        while not any(one.done() for _, one in asked):
+            if loads(updated.server)["num_running_reqs"] == len(asked):
+                return asked
+        for _, one in asked:
+            one.result()
+    raise AssertionError("no answer was long enough for this machine")
+
+
+def is_whole(answer: Any) -> bool:
+    """Whether an answer has all of its tokens."""
+    meta = answer["meta_info"]
+    return meta["finish_reason"]["type"] == "length" and meta["completion_tokens"] in LENGTHS
 
 
 def test_from_disk_and_from_tensors(updated: Updated) -> None:
-    for change in (updated.from_disk, updated.from_tensors, updated.from_disk):
-        updated.check_anew()
+    updated.check_anew()
+    for change in (updated.from_disk, updated.from_tensors):
         change()
         updated.check_anew()
 
 
-def test_the_tree_is_kept_where_the_caller_says_so_and_embeddings_are_not(updated: Updated) -> None:
-    """As in stock SGLang exact KV of the old weights is then used; no picture is read by it."""
-    updated.check_anew(user_prompt(picture(2, 9, 9), "what is this?"))
-    updated.from_disk(flush_cache=False)
-    # The same picture behind another text: its KV is computed anew, its embedding must be too.
-    updated.check(user_prompt("look here:", picture(2, 9, 9), "what is this?"))
-    again = ask(updated.server, user_prompt(picture(2, 9, 9), "what is this?"), max_new_tokens=1)
-    assert cached(again) > 81
-    updated.server.flush_cache()
-    updated.check_anew(user_prompt(picture(2, 9, 9), "what is this?"))
-
-
 def test_released_and_resumed(updated: Updated) -> None:
     """On a CPU the memory stays (SGLang's saver needs a GPU): all else is as there."""
-    updated.check_anew(user_prompt(picture(3, 9, 9), "what is this?"))
     updated.do("/release_memory_occupation")
     updated.do("/resume_memory_occupation")
-    updated.check_anew(user_prompt(picture(3, 9, 9), "what is this?"))
+    updated.check_anew()
     # As a trainer does it: the weights come back before the KV pool.
     updated.do("/release_memory_occupation", tags=["kv_cache", "weights"])
     updated.do("/resume_memory_occupation", tags=["weights"])
     updated.from_tensors()
     updated.do("/resume_memory_occupation", tags=["kv_cache"])
-    updated.check_anew(user_prompt(picture(3, 9, 9), "what is this?"))
+    updated.check_anew()
+
+
+def test_a_kept_tree_keeps_no_embedding(updated: Updated) -> None:
+    """As in stock SGLang the tree's KV of the old weights stays, if the caller says so."""
+    updated.from_disk(flush_cache=False)
+    again = ask(updated.server, PROMPT, max_new_tokens=1)
+    assert cached(again) > 132
+    # Where nothing is cached the picture is what the new vision tower makes of it.
+    elsewhere = ask(updated.server, PROMPT, {"retention": 1.0}, extra_key="elsewhere")
+    assert cached(elsewhere) == 0
+    assert_agrees(updated.oracle, PROMPT, elsewhere)
+    updated.server.flush_cache()
+    updated.check_anew()
 
 
 def test_requests_in_flight_are_retracted_for_an_update(updated: Updated) -> None:
@@ -160,8 +164,7 @@ def test_requests_in_flight_are_retracted_for_an_update(updated: Updated) -> Non
         updated.do("/continue_generation")
         for prompt, one in asked:
             answer = one.result()
-            assert answer["meta_info"]["num_retractions"] == 1
-            assert answer["meta_info"]["completion_tokens"] == LONG
+            assert answer["meta_info"]["num_retractions"] == 1 and is_whole(answer)
             assert_agrees(updated.oracle, prompt, answer)
     wait_idle(updated.server)
     updated.server.flush_cache()
@@ -179,8 +182,8 @@ def test_requests_in_flight_go_on_in_place(updated: Updated) -> None:
         updated.from_disk(flush_cache=False)
         updated.do("/continue_generation")
         for _, one in asked:
-            meta = one.result()["meta_info"]
-            assert meta["completion_tokens"] == LONG and not meta["num_retractions"]
+            answer = one.result()
+            assert not answer["meta_info"]["num_retractions"] and is_whole(answer)
     wait_idle(updated.server)
     updated.server.flush_cache()
     updated.check_anew()
@@ -189,7 +192,14 @@ def test_requests_in_flight_go_on_in_place(updated: Updated) -> None:
 def test_requests_in_flight_are_aborted_for_an_update(updated: Updated) -> None:
     with ThreadPoolExecutor(4) as threads:
         asked = in_flight(updated, threads)
-        updated.from_disk(abort_all_requests=True)
+        body = {"model_path": str(updated.checkpoints[1 - updated.now]), "abort_all_requests": True}
+        told = updated.server.request("POST", "/update_weights_from_disk", body)
         for _, one in asked:
             assert one.result()["meta_info"]["finish_reason"]["type"] == "abort"
+    updated.now = 1 - updated.now
+    if told.status_code != 200:
+        # SGLang refuses to flush while the last step of who was aborted runs (sglang #12099).
+        assert "not flushed" in told.text
+        wait_idle(updated.server)
+        updated.server.flush_cache()
     updated.check_anew()

@@ -25,6 +25,7 @@ from aircache_sglang.platform import cpu
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
     environ, pin_memory = dict(os.environ), torch.Tensor.pin_memory
+    synchronize = torch.cuda.synchronize
     modules = [importlib.import_module(name) for name in cpu.LORA_MODULES]
     seen: list[Any] = [module.torch for module in modules]  # type: ignore[attr-defined]
     yield
@@ -33,6 +34,7 @@ def restore() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environ)
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]
+    torch.cuda.synchronize = synchronize
 
 
 def resolved(**given: Any) -> SimpleNamespace:
@@ -136,3 +138,10 @@ def test_adapters_are_pageable_and_torch_is_its_own() -> None:
         torch.zeros(3, pin_memory=True)
     with torch.device("meta"):
         assert torch.zeros(3).is_meta
+
+
+def test_waiting_for_the_device_returns() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.cuda.synchronize()
+    cpu.PlainCpuPlatform()
+    torch.get_device_module().synchronize()
