@@ -8,8 +8,11 @@ listed in docs/cpu.md. It changes no SGLang code but for n-gram speculation (ngr
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +29,10 @@ from aircache_sglang.platform import ngram
 MAX_TOTAL_TOKENS = 65_536
 MAX_RUNNING_REQUESTS = 64
 SHARED_MEMORY_FRACTION = 0.8
+# Of adapters, which ask for pinned tensors by argument: lora/layers.py:475,
+# lora/backend/torch_backend.py:236.
+LORA_MODULES = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
+LORA_FACTORIES = ("tensor", "zeros")
 
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -41,6 +48,7 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         disable_compilation()
         make_pin_memory_a_no_op()
+        make_synchronize_a_no_op()
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Bytes this process may use: the machine's memory, or its container's limit."""
@@ -65,6 +73,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
         return torch.profiler.ProfilerActivity.CPU
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Before adapters are loaded (model_executor/model_runner.py, load_model)."""
+        let_adapters_be_pageable()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == ngram.ALGORITHM
@@ -105,6 +117,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
 
+        # SGLang's default runs on Triton.
+        if server_args.lora_backend == "csgmv":
+            server_args.lora_backend = "torch_native"
+
         # An idle scheduler spins on a core, and here its cores are those of everybody else.
         server_args.sleep_on_idle = True
 
@@ -142,6 +158,48 @@ def make_pin_memory_a_no_op() -> None:
         return self
 
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
+
+
+def make_synchronize_a_no_op() -> None:
+    """Let ``torch.cuda.synchronize`` return: without a GPU it can only raise, and nothing runs.
+
+    It is what ``torch.get_device_module()`` has in a build for CUDA, whatever the machine; there
+    ``/release_memory_occupation`` ends the scheduler (scheduler_components/weight_updater.py:379).
+    """
+
+    def synchronize(device: Any = None) -> None:
+        return None
+
+    torch.cuda.synchronize = synchronize
+
+
+class PageableTorch(types.ModuleType):
+    """The module `torch`, but for factories that leave out `pin_memory`."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        return pageable(found) if name in LORA_FACTORIES else found
+
+
+def pageable(factory: Any) -> Any:
+    """A factory of tensors that pins nothing: without an accelerator it could only raise."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = factory(*args, **kwargs)
+        return made
+
+    return make
+
+
+def let_adapters_be_pageable() -> None:
+    """Show SGLang's modules of adapters another `torch`.
+
+    Wrapping torch's own factories would hide them from `with torch.device(...)`, which knows them
+    by identity (torch/utils/_device.py).
+    """
+    for name in LORA_MODULES:
+        importlib.import_module(name).torch = PageableTorch("torch")  # type: ignore[attr-defined]
 
 
 def bind_ranks(ranks: int) -> None:

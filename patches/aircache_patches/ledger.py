@@ -27,9 +27,19 @@ class Hook:
 
 def hooks() -> list[Hook]:
     """All hooks, in the order in which a request meets them."""
-    from aircache_patches import accounting, forward, output, pool, prefill, pressure, requests
+    from aircache_patches import (
+        accounting,
+        embeddings,
+        forward,
+        output,
+        pool,
+        prefill,
+        pressure,
+        requests,
+    )
 
-    around, after, replace = HookType.AROUND, HookType.AFTER, HookType.REPLACE
+    before, after, around = HookType.BEFORE, HookType.AFTER, HookType.AROUND
+    replace = HookType.REPLACE
     srt = "sglang.srt."
     return [
         Hook(srt + "platforms.interface.SRTPlatform.get_kv_pool_cls", pool.get_kv_pool_cls, around),
@@ -108,6 +118,17 @@ def hooks() -> list[Hook]:
             ".SchedulerInternalStateController.get_internal_state",
             accounting.get_internal_state,
             after,
+        ),
+        Hook(
+            srt + "managers.scheduler.Scheduler.flush_cache",
+            embeddings.flush_cache,
+            before,
+        ),
+        Hook(
+            srt + "managers.scheduler_components.weight_updater"
+            ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update",
+            embeddings.flush_cache_after_weight_update,
+            before,
         ),
     ]
 

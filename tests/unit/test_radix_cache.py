@@ -231,7 +231,7 @@ class World:
         req.refresh_fill_ids()
         total = len(req.full_untruncated_fill_ids)
         if first:
-            key = RadixKey(req.full_untruncated_fill_ids, limit=total - 1)
+            key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, limit=total - 1)
             found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
             req.prefix_len = req.kv.cache_protected_len = found.device_prefix_len
             req.last_node = found.last_device_node

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -24,10 +25,16 @@ from aircache_sglang.platform import cpu
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
     environ, pin_memory = dict(os.environ), torch.Tensor.pin_memory
+    synchronize = torch.cuda.synchronize
+    modules = [importlib.import_module(name) for name in cpu.LORA_MODULES]
+    seen: list[Any] = [module.torch for module in modules]  # type: ignore[attr-defined]
     yield
+    for module, name in zip(modules, seen, strict=True):
+        module.torch = name  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(environ)
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign]
+    torch.cuda.synchronize = synchronize
 
 
 def resolved(**given: Any) -> SimpleNamespace:
@@ -40,6 +47,7 @@ def resolved(**given: Any) -> SimpleNamespace:
         max_total_tokens=None,
         mem_fraction_static=None,
         max_running_requests=None,
+        lora_backend="csgmv",
         tp_size=1,
         pp_size=1,
         dp_size=1,
@@ -56,13 +64,19 @@ def test_defaults() -> None:
     assert args.cuda_graph_config.prefill.backend == "disabled"
     assert args.max_total_tokens == 65_536
     assert args.max_running_requests == 64
+    assert args.lora_backend == "torch_native"
     assert args.mem_fraction_static is None
     assert args.sleep_on_idle is True
 
 
 def test_the_users_choices_stay() -> None:
-    args = resolved(attention_backend="triton", max_total_tokens=77, max_running_requests=3)
-    assert args.attention_backend == "triton"
+    args = resolved(
+        attention_backend="triton",
+        max_total_tokens=77,
+        max_running_requests=3,
+        lora_backend="triton",
+    )
+    assert args.attention_backend == args.lora_backend == "triton"
     assert (args.max_total_tokens, args.max_running_requests) == (77, 3)
 
 
@@ -120,3 +134,23 @@ def test_a_container_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) ->
     total = platform.get_device_total_memory()
     monkeypatch.setattr("sglang.srt.utils.common.get_instance_memory_status", lambda path: 1 << 30)
     assert total > platform.get_device_total_memory() == 1 << 30
+
+
+def test_adapters_are_pageable_and_torch_is_its_own() -> None:
+    cpu.PlainCpuPlatform().post_load_model(torch.nn.Identity())
+    for name in cpu.LORA_MODULES:
+        theirs = importlib.import_module(name).torch
+        assert theirs.tensor([1, 2], dtype=torch.int32, pin_memory=True).tolist() == [1, 2]
+        assert theirs.zeros((3,), pin_memory=True).tolist() == [0.0, 0.0, 0.0]
+        assert theirs.Tensor is torch.Tensor and theirs.nn is torch.nn
+    with pytest.raises(RuntimeError):
+        torch.zeros(3, pin_memory=True)
+    with torch.device("meta"):
+        assert torch.zeros(3).is_meta
+
+
+def test_waiting_for_the_device_returns() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.cuda.synchronize()
+    cpu.PlainCpuPlatform()
+    torch.get_device_module().synchronize()
