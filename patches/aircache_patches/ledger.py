@@ -27,7 +27,16 @@ class Hook:
 
 def hooks() -> list[Hook]:
     """All hooks, in the order in which a request meets them."""
-    from aircache_patches import accounting, forward, output, pool, prefill, pressure, requests
+    from aircache_patches import (
+        accounting,
+        forward,
+        media,
+        output,
+        pool,
+        prefill,
+        pressure,
+        requests,
+    )
 
     around, after, replace = HookType.AROUND, HookType.AFTER, HookType.REPLACE
     srt = "sglang.srt."
@@ -49,9 +58,24 @@ def hooks() -> list[Hook]:
             around,
         ),
         Hook(
+            srt + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+            media.tokenize_one_request,
+            around,
+        ),
+        Hook(
+            srt + "multimodal.processors.executor.MultimodalProcessorExecutor._run",
+            media.run_in_worker,
+            around,
+        ),
+        Hook(
             srt + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
             requests.validate_one_request,
             after,
+        ),
+        Hook(
+            srt + "managers.mm_utils.pad_mm_token_pairs",
+            media.pad_mm_token_pairs,
+            around,
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_new_batch_prefill",
@@ -86,6 +110,11 @@ def hooks() -> list[Hook]:
         Hook(
             srt + "managers.tp_worker.TpModelWorker.forward_batch_generation",
             forward.forward_batch_generation,
+            around,
+        ),
+        Hook(
+            srt + "managers.mm_schedule.get_embedding_and_mask",
+            media.get_embedding_and_mask,
             around,
         ),
         Hook(
