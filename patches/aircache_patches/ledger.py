@@ -36,6 +36,7 @@ def hooks() -> list[Hook]:
         prefill,
         pressure,
         requests,
+        sessions,
     )
 
     around, after, replace = HookType.AROUND, HookType.AFTER, HookType.REPLACE
@@ -71,6 +72,11 @@ def hooks() -> list[Hook]:
             srt + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
             requests.validate_one_request,
             after,
+        ),
+        Hook(
+            srt + "session.session_controller.Session.create_req",
+            sessions.create_req,
+            around,
         ),
         Hook(
             srt + "managers.mm_utils.pad_mm_token_pairs",

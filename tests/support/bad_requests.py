@@ -140,3 +140,23 @@ def post(server: Server, data: dict[str, Any], path: str = "/generate") -> tuple
     server.timeout = SECONDS
     response = server.request("POST", path, data)
     return response.status_code, response.json()
+
+
+def assert_all_end_well(server: Server, family: Family, video: Video | None = None) -> None:
+    """Each ends in HTTP 400 and one sentence, or is answered; a good request is, after each."""
+    one = png_data_url(picture(1, 10, 10))
+    good = body(family, [family.image, QUESTION], images=[one])
+    status, expected = post(server, good)
+    assert status == 200, expected
+    bad = refused(family) | ({} if video is None else videos(family, video))
+    for name, data in (bad | answered(family)).items():
+        status, answer = post(server, data)
+        if name in bad:
+            assert status == 400, f"{name}: HTTP {status}, {answer}"
+            said = answer["error"]["message"]
+            assert said and "\n" not in said and len(said) < 400, f"{name}: {said}"
+        else:
+            assert status == 200, f"{name}: HTTP {status}, {answer}"
+        status, answer = post(server, good)
+        assert status == 200, f"after {name}: {answer}"
+        assert answer["output_ids"] == expected["output_ids"], f"after {name}"
