@@ -25,6 +25,7 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from aircache_patches.prompt_media import (
     Mark,
     check_embedding,
+    check_grid,
     check_patches,
     check_runs,
     check_spans,
@@ -152,7 +153,6 @@ class _Checked:
         self.request = obj
         self._manager, self._processor, self._reader = manager, manager.mm_processor, reader
         self._runs: list[tuple[Mark, list[int]]] = []
-        self._prepared: dict[str, dict[str, Any]] = {}
         for kind in KINDS:
             given = _given(obj, kind)
             prepared = [item for item in given if isinstance(item, dict) and "format" in item]
@@ -180,7 +180,18 @@ class _Checked:
                 "precomputed_embedding, as its feature"
             )
         check_tensor(_feature(data), kind, name.name.lower().replace("_", " "))
-        self._prepared[kind] = data
+        self._check_prepared(kind, data, self._filled(kind, data))
+
+    def _filled(self, kind: str, data: dict[str, Any]) -> int:
+        """Tokens that the prompt, expanded by the caller, keeps for what is given."""
+        ids, mark = self.request.input_ids, _mark(self._processor, kind)
+        if ids is not None and data.get("offsets") is not None:
+            return check_spans(data["offsets"], len(ids), kind)
+        if mark is None:
+            return 0
+        if ids is None:
+            return (self.request.text or "").count(mark.token)
+        return list(ids).count(mark.token_id)
 
     def _fit(self, kind: str, given: int) -> None:
         mark = _mark(self._processor, kind)
@@ -218,9 +229,8 @@ class _Checked:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
             # None where the model itself finds their place, as LLaVA's (models/llava.py).
             spans = [item.offsets for item in of_kind if item.offsets is not None]
-            filled = sum(check_spans(offsets, len(ids), kind) for offsets in spans)
-            if kind in self._prepared:
-                self._check_prepared(kind, self._prepared[kind], filled)
+            for offsets in spans:
+                check_spans(offsets, len(ids), kind)
 
     def _check_prepared(self, kind: str, data: dict[str, Any], filled: int) -> None:
         feature, processor = _feature(data), self._processor
@@ -234,12 +244,14 @@ class _Checked:
         elif hasattr(processor, "num_image_token"):
             side, tokens = vision.image_size, processor.num_image_token
             check_tiles(feature, filled, side=side, tokens=tokens, kind=kind)
-        else:
-            field = "image_grid_thw" if kind == "picture" else "video_grid_thw"
-            channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
-            width = channels * vision.temporal_patch_size * vision.patch_size**2
-            merge = vision.spatial_merge_size
-            check_patches(feature, data.get(field), filled, width=width, merge=merge, kind=kind)
+        if hasattr(vision, "spatial_merge_size") and "mrope_positions" not in data:
+            # Of Qwen*-VL: their positions follow from the grid.
+            grid = data.get("image_grid_thw" if kind == "picture" else "video_grid_thw")
+            rows = check_grid(grid, filled, merge=vision.spatial_merge_size, kind=kind)
+            if name == MultimodalInputFormat.PROCESSOR_OUTPUT:
+                channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
+                width = channels * vision.temporal_patch_size * vision.patch_size**2
+                check_patches(feature, rows, width, kind)
 
 
 def _given(obj: Any, kind: str) -> list[Any]:

@@ -139,26 +139,26 @@ def check_embedding(feature: Any, n_tokens: int, width: int, kind: str) -> None:
         )
 
 
-def check_patches(
-    feature: Any, grid: Any, n_tokens: int, *, width: int, merge: int, kind: str
-) -> None:
-    """What a Qwen processor puts out: patches [rows, width], their grid [pictures, (t, h, w)].
-
-    merge: patches on each side of one token.
-    """
+def check_grid(grid: Any, n_tokens: int, *, merge: int, kind: str) -> int:
+    """Patches of a Qwen grid [pictures, (t, h, w)], merge x merge of which are one token."""
     grid = torch.as_tensor([] if grid is None else grid)
     if grid.ndim != 2 or grid.shape[-1] != 3:
         raise ValueError(
-            f"the processor output of a {kind} has a grid of shape {tuple(grid.shape)}; this model "
-            "reads [pictures, 3]"
+            f"the data of a {kind} has a grid of shape {tuple(grid.shape)}; this model reads "
+            "[pictures, 3]"
         )
     rows = int(grid.prod(-1).sum())
+    _check_fill(rows / merge**2, n_tokens, kind)
+    return rows
+
+
+def check_patches(feature: torch.Tensor, rows: int, width: int, kind: str) -> None:
+    """What a Qwen processor puts out: patches [rows, width]."""
     if tuple(feature.shape) != (rows, width):
         raise ValueError(
             f"the processor output of a {kind} has shape {tuple(feature.shape)}; its grid and this "
             f"model need [{rows}, {width}]"
         )
-    _check_fill(rows / merge**2, n_tokens, kind)
 
 
 def check_tiles(feature: Any, n_tokens: int, *, side: int, tokens: int, kind: str) -> None:
@@ -174,8 +174,8 @@ def check_tiles(feature: Any, n_tokens: int, *, side: int, tokens: int, kind: st
 def _check_fill(right: float, n_tokens: int, kind: str) -> None:
     if right != n_tokens:
         raise ValueError(
-            f"the processor output of a {kind} fills {right:g} tokens, and the prompt keeps "
-            f"{n_tokens} for it"
+            f"the data of a {kind} fills {right:g} tokens, and the prompt keeps {n_tokens} for it; "
+            "write the prompt with one placeholder for each"
         )
 
 

@@ -33,6 +33,8 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 START, PAD, END, VIDEO = 1, 2, 3, 4
 WIDTH = 8
 FORMAT = "precomputed_embedding"
+GRID = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+EXPANDED = [9, START, *[PAD] * 4, END, 9, 9]
 
 
 class QwenVLImageProcessor:
@@ -178,14 +180,16 @@ def test_an_unknown_processor_is_left_alone() -> None:
 def test_prepared_data() -> None:
     embedding = torch.zeros(4, WIDTH)
     items = [item_of(2, 5, embedding, precomputed=True)]
-    tokenize(request_of(PICTURE, image_data=[{"format": FORMAT, "feature": embedding}]), items)
+    data = {"format": FORMAT, "feature": embedding, **GRID}
+    tokenize(request_of(input_ids=EXPANDED, image_data=[data]), items)
+    tokenize(request_of("<|image_pad|>" * 4, image_data=[data]), items)
+    tokenize(request_of(input_ids=[9] * 10, image_data=[data | {"offsets": [(2, 5)]}]), items)
+    # With positions of its own the grid is not read.
+    data = {"format": FORMAT, "feature": embedding, "mrope_positions": torch.zeros(3, 10)}
+    tokenize(request_of(input_ids=EXPANDED, image_data=[data]), items)
     patches = torch.zeros(16, 24)
-    output = {
-        "format": "processor_output",
-        "pixel_values": patches,
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-    }
-    tokenize(request_of(PICTURE, image_data=[output]), [item_of(2, 5, patches)])
+    data = {"format": "processor_output", "pixel_values": patches, **GRID}
+    tokenize(request_of(input_ids=EXPANDED, image_data=[data]), [item_of(2, 5, patches)])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,11 @@ def test_prepared_data() -> None:
         ({"format": FORMAT}, "must be a floating-point tensor, got NoneType"),
         ({"format": FORMAT, "feature": [[0.0] * WIDTH] * 4}, "floating-point tensor, got list"),
         ({"format": FORMAT, "feature": torch.zeros(3, WIDTH)}, "has 3 rows, and .* keeps 4"),
+        (
+            {"format": FORMAT, "feature": torch.zeros(4, WIDTH), "offsets": [(2, 11)]},
+            "of a prompt that has 9",
+        ),
+        ({"format": FORMAT, "feature": torch.zeros(4, WIDTH)}, "a grid of shape"),
         ({"format": FORMAT, "feature": torch.zeros(4, WIDTH + 1)}, r"reads \[tokens, 8\]"),
         ({"format": "jpeg", "feature": 1}, "must be precomputed_embedding or processor_output"),
         (
@@ -205,7 +214,7 @@ def test_prepared_data() -> None:
 )
 def test_prepared_data_that_does_not_fit(data: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        tokenize(request_of(PICTURE, image_data=[data]), [item_of(2, 5)])
+        tokenize(request_of(input_ids=EXPANDED, image_data=[data]), AssertionError("loaded"))
 
 
 def in_turn(*errors: Exception) -> Exception:

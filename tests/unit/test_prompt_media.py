@@ -12,6 +12,7 @@ import torch
 from aircache_patches.prompt_media import (
     Mark,
     check_embedding,
+    check_grid,
     check_patches,
     check_runs,
     check_spans,
@@ -132,18 +133,18 @@ def test_only_tensors_stand_for_pictures(value: Any) -> None:
     check_tensor(torch.zeros(2, 2), "picture", "precomputed embedding")
 
 
-def test_patches() -> None:
+def test_grids_and_patches() -> None:
     grid = torch.tensor([[1, 4, 4], [1, 2, 4]])
-    check_patches(torch.zeros(24, 12), grid, 6, width=12, merge=2, kind="picture")
-    with pytest.raises(ValueError, match=r"need \[24, 12\]"):
-        check_patches(torch.zeros(24, 9), grid, 6, width=12, merge=2, kind="picture")
-    with pytest.raises(ValueError, match=r"need \[24, 12\]"):
-        check_patches(torch.zeros(20, 12), grid, 6, width=12, merge=2, kind="picture")
+    assert check_grid(grid, 6, merge=2, kind="picture") == 24
     with pytest.raises(ValueError, match="fills 6 tokens, and the prompt keeps 7"):
-        check_patches(torch.zeros(24, 12), grid, 7, width=12, merge=2, kind="picture")
+        check_grid(grid, 7, merge=2, kind="picture")
     for bad in (None, torch.tensor([1, 4, 4])):
         with pytest.raises(ValueError, match=r"reads \[pictures, 3\]"):
-            check_patches(torch.zeros(24, 12), bad, 6, width=12, merge=2, kind="picture")
+            check_grid(bad, 6, merge=2, kind="picture")
+    check_patches(torch.zeros(24, 12), 24, 12, "picture")
+    for shape in ((24, 9), (20, 12)):
+        with pytest.raises(ValueError, match=r"need \[24, 12\]"):
+            check_patches(torch.zeros(shape), 24, 12, "picture")
 
 
 def test_tiles() -> None:
