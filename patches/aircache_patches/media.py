@@ -90,8 +90,13 @@ async def tokenize_one_request(
         checked = _Checked(manager, reader, obj)
         tokenized = await original(manager, checked.request)
         checked.look_at(tokenized)
+    except ValueError as error:
+        # SGLang's own may quote a whole picture.
+        if (said := _short(error)) == str(error):
+            raise
+        raise ValueError(said) from error
     except Exception as error:
-        if isinstance(error, ValueError) or not _is_of_the_request(error):
+        if not _is_of_the_request(error):
             raise
         logger.warning("aircache: a request's pictures cannot be used", exc_info=True)
         raise ValueError(f"the request's pictures cannot be used: {_sentence(error)}") from error
@@ -308,5 +313,10 @@ def _origin(error: BaseException) -> BaseException:
 
 def _sentence(error: BaseException) -> str:
     origin = _origin(error)
-    said = " ".join(str(origin).split())[:200]
+    said = _short(origin)
     return f"{type(origin).__name__}: {said}" if said else type(origin).__name__
+
+
+def _short(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:300]}..."

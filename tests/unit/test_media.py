@@ -248,6 +248,17 @@ def test_what_a_request_makes_the_processors_raise(error: Exception) -> None:
     assert type(origin).__name__ in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_sglangs_own_sentences_are_cut_short() -> None:
+    request = request_of(PICTURE, image_data=["x.png"])
+    own = ValueError("Could not decode image")
+    with pytest.raises(ValueError) as raised:
+        tokenize(request, own)
+    assert raised.value is own
+    with pytest.raises(ValueError, match=r"^Invalid image: 0 1 [0-9 ]*\.\.\.$") as raised:
+        tokenize(request, ValueError(f"Invalid image:\n{' '.join(map(str, range(999)))}"))
+    assert len(str(raised.value)) == 303
+
+
 @pytest.mark.parametrize(
     "error",
     [
