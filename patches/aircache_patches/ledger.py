@@ -31,11 +31,13 @@ def hooks() -> list[Hook]:
         accounting,
         embeddings,
         forward,
+        media,
         output,
         pool,
         prefill,
         pressure,
         requests,
+        sessions,
     )
 
     before, after, around = HookType.BEFORE, HookType.AFTER, HookType.AROUND
@@ -59,9 +61,29 @@ def hooks() -> list[Hook]:
             around,
         ),
         Hook(
+            srt + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+            media.tokenize_one_request,
+            around,
+        ),
+        Hook(
+            srt + "multimodal.processors.executor.MultimodalProcessorExecutor._run",
+            media.run_in_worker,
+            around,
+        ),
+        Hook(
             srt + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
             requests.validate_one_request,
             after,
+        ),
+        Hook(
+            srt + "session.session_controller.Session.create_req",
+            sessions.create_req,
+            around,
+        ),
+        Hook(
+            srt + "managers.mm_utils.pad_mm_token_pairs",
+            media.pad_mm_token_pairs,
+            around,
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_new_batch_prefill",
@@ -96,6 +118,11 @@ def hooks() -> list[Hook]:
         Hook(
             srt + "managers.tp_worker.TpModelWorker.forward_batch_generation",
             forward.forward_batch_generation,
+            around,
+        ),
+        Hook(
+            srt + "managers.mm_schedule.get_embedding_and_mask",
+            media.get_embedding_and_mask,
             around,
         ),
         Hook(

@@ -42,7 +42,12 @@ STARTED: list[Server] = []
 UNNAMED: list[str] = []
 SHARING = (
     *("test_beam_search.py", "test_exactness.py", "test_follow_ups.py", "test_gate.py"),
-    *("test_metrics.py", "test_policies.py", "test_shapes.py"),
+    *("test_metrics.py", "test_policies.py", "test_session_turns.py", "test_shapes.py"),
+    "test_bad_requests.py::test_a_stream_and_a_batch",
+    "test_bad_requests.py::test_an_expanded_prompt_is_answered",
+    "test_bad_requests.py::test_bad_ones_among_good_ones",
+    "test_bad_requests.py::test_chats",
+    "test_bad_requests.py::test_no_request_ends_the_server",
     "test_examples.py::test_clients_of_stock_sglang",
     "test_examples.py::test_frontend_program",
     "test_examples.py::test_openai_client",

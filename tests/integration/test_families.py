@@ -30,6 +30,7 @@ from aircache_sglang.testing.prompts import (
 )
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import loads, wait_idle
+from tests.support.bad_requests import assert_all_end_well
 from tests.support.families import FAMILIES, Family, Part, make_video
 from tests.support.preloaded import PreloadedServer
 
@@ -153,6 +154,12 @@ def check_layout(served: Served, prompt: Prompt, meta_info: dict[str, Any]) -> N
     assert report["visual_tokens"] == meta_info["prompt_tokens"] - n_text
     tail = prompt.text.rpartition(image)[2]
     assert report["instruction_tokens"] == len(tokenizer(tail)["input_ids"])
+
+
+def test_no_request_ends_the_server(served: Served, tmp_path: Path) -> None:
+    """What stock SGLang does not survive; Qwen2-VL's and more are in test_bad_requests.py."""
+    video = None if served.family.video is None else make_video(tmp_path / "video.png", 3)
+    assert_all_end_well(served.server, served.family, video)
 
 
 def test_no_slot_is_lost(served: Served) -> None:
