@@ -82,9 +82,10 @@ def fit(
     """
     written = mark.written(prompt)
     if len(written) > given or (len(written) < given and not may_add):
+        elsewhere = " and" if mark.token == mark.native else f", and {mark.token}"
         raise ValueError(
             f"the prompt speaks of {_count(len(written), mark.kind)} and the request brings "
-            f"{given}; write {mark.native} once for each, and {mark.token} nowhere else"
+            f"{given}; write {mark.native} once for each{elsewhere} nowhere else"
         )
     return mark.normal(prompt), written if any(run > 1 for run in written) else []
 

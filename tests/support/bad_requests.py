@@ -96,7 +96,6 @@ def refused(family: Family) -> dict[str, dict[str, Any]]:
         "a format that nobody knows": body(
             family, good, images=[{"format": "jpeg", "feature": [[0.0] * 64]}]
         ),
-        "a dictionary": body(family, good, images=[{"url": one}]),
         "a number": body(family, good, images=[7]),
     }
     if not words.adds_marks:
@@ -121,18 +120,19 @@ def answered(family: Family) -> dict[str, dict[str, Any]]:
 def videos(family: Family, video: Video) -> dict[str, dict[str, Any]]:
     """Requests with a video that must end in HTTP 400."""
     assert family.video is not None
-    one = png_data_url(picture(1, 10, 10))
-    return {
-        "the text says the video's mark": body(
-            family, [video, f"what is {family.video}?"], images=[]
-        ),
-        "a video without a mark": body(
-            family, [family.image, QUESTION], images=[one], video_data=[video.path]
-        ),
+    one, says = png_data_url(picture(1, 10, 10)), f"what is {family.video}?"
+    nowhere = ["/nowhere/at/all.mp4"]
+    cases = {
+        "the text says the video's mark": body(family, [video, says], images=[]),
         "a video that is not there": body(
-            family, [family.video, QUESTION], images=[], video_data=["/nowhere/at/all.mp4"]
+            family, [family.video, QUESTION], images=[], video_data=nowhere
         ),
     }
+    if not words_of(family).adds_marks:
+        cases["a video without a mark"] = body(
+            family, [family.image, QUESTION], images=[one], video_data=[video.path]
+        )
+    return cases
 
 
 def post(server: Server, data: dict[str, Any], path: str = "/generate") -> tuple[int, Any]:
