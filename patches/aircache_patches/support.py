@@ -21,6 +21,8 @@ ARCHITECTURES = (
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
+# Of which SGLang adapts the decoder and leaves the vision tower alone (`should_apply_lora`).
+ADAPTED = ARCHITECTURES[:4]
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
@@ -105,6 +107,8 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)
     yield from _unsupported_model(server_args, policy)
+    if view.enable_lora:
+        yield from unsupported_adapters(model_config_of(server_args), policy)
     yield from unsupported_kv_dtype(view, model_config_of(server_args), policy)
     if server_args.aircache_decode == "flashinfer":
         yield from unsupported_flashinfer(view, model_config_of(server_args), policy)
@@ -263,6 +267,21 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         yield (
             f"{policy} needs a model that answers with text about pictures, and "
             f"{server_args.model_path} is served as none; drop --is-embedding or --kv-policy"
+        )
+
+
+def unsupported_adapters(model: Any, policy: str) -> Iterator[str]:
+    """LoRA where SGLang 0.5.23 does not know which layers are the decoder's.
+
+    model: SGLang's ModelConfig. Where a vision tower has layers of the same names, they get the
+    decoder's adapters (lora/lora_manager.py:1120), and a picture's embedding, which SGLang caches
+    by the picture alone, would be that of one adapter.
+    """
+    architecture = model.hf_config.architectures[0]
+    if architecture not in ADAPTED:
+        yield (
+            f"{policy} serves LoRA adapters of {', '.join(ADAPTED)} alone, and this model is a "
+            f"{architecture}; drop --enable-lora and --lora-paths"
         )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,13 @@ import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 
-from aircache_patches.support import ARCHITECTURES, out_of_reach, unsupported_kv_dtype
+from aircache_patches.support import (
+    ADAPTED,
+    ARCHITECTURES,
+    out_of_reach,
+    unsupported_adapters,
+    unsupported_kv_dtype,
+)
 
 TEXT = {
     "hidden_size": 64,
@@ -133,3 +140,35 @@ def test_kv_that_the_kernels_cannot_read(
     found = list(unsupported_kv_dtype(view, SimpleNamespace(dtype=dtype), "--kv-policy aircache"))
     assert len(found) == (sentence is not None)
     assert all(sentence in text and "--kv-cache-dtype auto" in text for text in found)
+
+
+# SGLang's own classes; the others of ARCHITECTURES are LLaVA's and its Transformers fallback.
+NATIVE = {
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "InternVLChatModel": "internvl",
+}
+
+
+@pytest.mark.parametrize("architecture", NATIVE)
+def test_adapters_are_served_where_sglang_keeps_them_off_the_vision_tower(
+    architecture: str,
+) -> None:
+    module = importlib.import_module(f"sglang.srt.models.{NATIVE[architecture]}")
+    model = getattr(module, architecture)
+    adapts = getattr(model, "should_apply_lora", None)
+    keeps_off = adapts is not None and not adapts(model, "visual.blocks.0.attn.qkv_proj")
+    assert (architecture in ADAPTED) == keeps_off
+    if adapts is not None:
+        assert adapts(model, "model.layers.0.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapters_of_the_others_are_refused(architecture: str) -> None:
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    found = list(unsupported_adapters(model, "--kv-policy aircache"))
+    assert len(found) == (architecture not in ADAPTED)
+    for sentence in found:
+        assert architecture in sentence and sentence.endswith("drop --enable-lora and --lora-paths")
