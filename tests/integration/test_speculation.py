@@ -125,16 +125,32 @@ def test_an_answer_ends_within_a_run(speculating_server: Server) -> None:
     answer = ask(server, prompt, {"retention": 0.1}, max_new_tokens=64, sampling={"stop": stop})
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
     assert answer["text"] == long["text"][: long["text"].index(stop)]
-    body = {
-        "text": prompt.text,
-        "image_data": [],
-        "sampling_params": {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True},
-    }
-    del body["image_data"]
+    sampling = {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True}
+    body = {"text": words(30, seed=9), "sampling_params": sampling}
     chunks = list(server.stream("/generate", body))
     whole = server.post("/generate", body)
     assert chunks[-1]["text"] == whole["text"]
     assert_nothing_is_left(server)
+
+
+def test_a_sampled_answer_beside_a_greedy_one(speculating_server: Server) -> None:
+    """In one batch: the greedy answer is what it is alone, and the other is none twice."""
+    prompt = SHAPES["one picture"]
+    alone = ask(speculating_server, prompt, {"retention": 0.1}, max_new_tokens=40)
+
+    def one(temperature: float) -> Any:
+        sampling = {"top_p": 0.9, "top_k": 50} if temperature else {}
+        return ask(
+            *(speculating_server, prompt, {"retention": 0.1}),
+            max_new_tokens=40,
+            temperature=temperature,
+            sampling=sampling,
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        greedy, *sampled = pool.map(one, (0.0, 1.0, 1.0))
+    assert greedy["output_ids"] == alone["output_ids"]
+    assert sampled[0]["output_ids"] != sampled[1]["output_ids"]
 
 
 def test_a_conversation_extends_its_replica(speculating_server: Server, oracle: Oracle) -> None:
