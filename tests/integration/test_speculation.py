@@ -183,13 +183,13 @@ def test_packing_under_pressure(speculating_server: Server, oracle: Oracle) -> N
 def test_a_storm_leaves_no_slot_behind(speculating_server: Server) -> None:
     """Retractions, aborts and disconnects among packed and other requests."""
     prompts = make_prompts(1, 24)
-    jobs = make_jobs(2, 160, prompts, longest=60)
-    outcomes = Storm(speculating_server, concurrency=16).run(jobs, waves=2)
+    jobs = make_jobs(2, 160, prompts, longest=100)
+    outcomes = Storm(speculating_server, concurrency=24).run(jobs, waves=1)
     finished = check_outcomes(outcomes)
     broken_off = Counter(o.job.fate for o in outcomes if not o.finished)
     assert broken_off["abort"] >= 3 and broken_off["disconnect"] >= 3
     retractions = sum(o.answer["meta_info"]["num_retractions"] for o in finished if o.answer)
-    assert retractions >= 2, "the pool was too large to be a test"
+    assert retractions >= 1, "the pool was too large to be a test"
     assert_nothing_is_left(speculating_server)
     assert check_answers(finished, references(speculating_server, prompts)) >= 100
     assert_nothing_is_left(speculating_server)
