@@ -31,7 +31,9 @@ def worker() -> type:
     spec_utils.fill_front_out_cache_loc_func = front_slots
     spec_utils.fill_accept_out_cache_loc_func = accepted_slots
     eagle_utils.verify_tree_greedy_func = verify_greedy
-    eagle_utils._verify_uses_greedy = is_greedy
+    eagle_utils.tree_speculative_sampling_target_only = verify_sampled
+    eagle_utils.top_k_renorm_prob = renormed_top_k
+    eagle_utils.top_p_renorm_prob = renormed_top_p
 
     from sglang.srt.speculative.ngram_worker import NGRAMWorker
 
@@ -103,14 +105,82 @@ def verify_greedy(
             wanted, node = said[node], children[b][node]
             while node != -1 and tokens[b][node] != wanted:
                 node = siblings[b][node]
-        accept_index[b, : len(path)] = torch.tensor(path, dtype=accept_index.dtype)
-        accept_token_num[b] = len(path) - 1
+        accept(path, accept_index[b], accept_token_num[b])
     return predicts, accept_index, accept_token_num
 
 
-def is_greedy(**_: Any) -> bool:
-    """As in SGLang's own CPU engine, every request is answered greedily (eagle_utils.py)."""
-    return True
+def accept(path: list[int], accept_index: torch.Tensor, accept_token_num: torch.Tensor) -> None:
+    """Note the accepted nodes of one request, the known token first."""
+    accept_index[: len(path)] = torch.tensor(path, dtype=accept_index.dtype)
+    accept_token_num.fill_(len(path) - 1)
+
+
+def verify_sampled(
+    predicts: torch.Tensor,
+    accept_index: torch.Tensor,
+    accept_token_num: torch.Tensor,
+    candidates: torch.Tensor,
+    retrive_index: torch.Tensor,
+    retrive_next_token: torch.Tensor,
+    retrive_next_sibling: torch.Tensor,
+    uniform_samples: torch.Tensor,
+    uniform_samples_for_final_sampling: torch.Tensor,
+    target_probs: torch.Tensor,
+    threshold_single: float,
+    threshold_acc: float,
+    **_: Any,
+) -> None:
+    """Follow a tree as a sampler would (kernels/jit/csrc/speculative/sampling.cuh).
+
+    At each node its children share one coin, and what none of them takes is sampled anew. Arguments
+    as in `verify_greedy`; uniform_samples: float32 [B, n], and [B] for the last token of a path;
+    target_probs: float32 [B, n, vocabulary], the model's.
+    """
+    index, children = retrive_index.tolist(), retrive_next_token.tolist()
+    siblings, tokens = retrive_next_sibling.tolist(), candidates.tolist()
+    coins, last_coins = uniform_samples.tolist(), uniform_samples_for_final_sampling.tolist()
+    for b in range(len(tokens)):
+        path, node = [], 0
+        while True:
+            path.append(index[b][node])
+            left, taken = target_probs[b, node].clone(), 0.0
+            child = children[b][node]
+            while child != -1:
+                probability = float(target_probs[b, node, tokens[b][child]])
+                taken += probability
+                is_hit = coins[b][node] < taken / threshold_acc or probability >= threshold_single
+                if probability > 0 and is_hit:
+                    break
+                left[tokens[b][child]] = 0.0
+                child = siblings[b][child]
+            if child == -1:
+                break
+            predicts[path[-1]] = tokens[b][child]
+            node = child
+        below = left.cumsum(dim=0)
+        sampled = int(torch.searchsorted(below, last_coins[b] * below[-1], right=True))
+        # A coin close to 1 must not find a token that cannot be.
+        predicts[path[-1]] = min(sampled, int(left.nonzero()[-1])) if left.any() else sampled - 1
+        accept(path, accept_index[b], accept_token_num[b])
+
+
+def renormed_top_k(probs: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:
+    """The `top_ks` [n] likeliest of float32 [n, vocabulary], to a sum of 1."""
+    values, order = probs.sort(dim=-1, descending=True)
+    values[torch.arange(probs.shape[-1]) >= top_ks[:, None]] = 0.0
+    return _renormed(values, order)
+
+
+def renormed_top_p(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    """The likeliest of float32 [n, vocabulary] that together reach `top_ps` [n], to a sum of 1."""
+    values, order = probs.sort(dim=-1, descending=True)
+    values[values.cumsum(dim=-1) - values > top_ps[:, None]] = 0.0
+    return _renormed(values, order)
+
+
+def _renormed(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros_like(values).scatter_(-1, order, values)
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def draft_slots(

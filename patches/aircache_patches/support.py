@@ -133,6 +133,8 @@ def unsupported_speculation(view: Any, policy: str) -> Iterator[str]:
             f"{policy} with {flag} does not work with --enable-deterministic-inference or "
             "--rl-on-policy-target; drop one of the flags"
         )
+    if view.page_size > 1:
+        yield f"{policy} with {flag} does not work with --page-size {view.page_size}; use 1"
     # SGLang has none with speculation on a CPU, so that it could not be tested.
     if not view.disable_overlap_schedule:
         yield f"{policy} with {flag} needs --disable-overlap-schedule; add it"

@@ -315,6 +315,7 @@ def test_flashinfer_refuses(changes: dict[str, Any], sentence: str) -> None:
         ({"speculative_algorithm": "STANDALONE"}, "use --speculative-algorithm NGRAM or drop one"),
         ({"enable_deterministic_inference": True}, "with --enable-deterministic-inference or"),
         ({"rl_on_policy_target": "fsdp"}, "or --rl-on-policy-target; drop one of the flags"),
+        ({"page_size": 16}, "NGRAM does not work with --page-size 16; use 1"),
         ({"disable_overlap_schedule": False}, "NGRAM needs --disable-overlap-schedule; add it"),
     ],
 )
@@ -323,6 +324,7 @@ def test_speculation_that_is_refused(changes: dict[str, Any], sentence: str) -> 
         "speculative_algorithm": "NGRAM",
         "enable_deterministic_inference": False,
         "rl_on_policy_target": None,
+        "page_size": 1,
         "disable_overlap_schedule": True,
     }
     assert list(support.unsupported_speculation(SimpleNamespace(**fine), POLICY)) == []

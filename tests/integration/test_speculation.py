@@ -125,16 +125,32 @@ def test_an_answer_ends_within_a_run(speculating_server: Server) -> None:
     answer = ask(server, prompt, {"retention": 0.1}, max_new_tokens=64, sampling={"stop": stop})
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
     assert answer["text"] == long["text"][: long["text"].index(stop)]
-    body = {
-        "text": prompt.text,
-        "image_data": [],
-        "sampling_params": {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True},
-    }
-    del body["image_data"]
+    sampling = {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True}
+    body = {"text": words(30, seed=9), "sampling_params": sampling}
     chunks = list(server.stream("/generate", body))
     whole = server.post("/generate", body)
     assert chunks[-1]["text"] == whole["text"]
     assert_nothing_is_left(server)
+
+
+def test_a_sampled_answer_beside_a_greedy_one(speculating_server: Server) -> None:
+    """In one batch: the greedy answer is what it is alone, and the other is none twice."""
+    prompt = SHAPES["one picture"]
+    alone = ask(speculating_server, prompt, {"retention": 0.1}, max_new_tokens=40)
+
+    def one(temperature: float) -> Any:
+        sampling = {"top_p": 0.9, "top_k": 50} if temperature else {}
+        return ask(
+            *(speculating_server, prompt, {"retention": 0.1}),
+            max_new_tokens=40,
+            temperature=temperature,
+            sampling=sampling,
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        greedy, *sampled = pool.map(one, (0.0, 1.0, 1.0))
+    assert greedy["output_ids"] == alone["output_ids"]
+    assert sampled[0]["output_ids"] != sampled[1]["output_ids"]
 
 
 def test_a_conversation_extends_its_replica(speculating_server: Server, oracle: Oracle) -> None:
@@ -167,13 +183,13 @@ def test_packing_under_pressure(speculating_server: Server, oracle: Oracle) -> N
 def test_a_storm_leaves_no_slot_behind(speculating_server: Server) -> None:
     """Retractions, aborts and disconnects among packed and other requests."""
     prompts = make_prompts(1, 24)
-    jobs = make_jobs(2, 160, prompts, longest=60)
-    outcomes = Storm(speculating_server, concurrency=16).run(jobs, waves=2)
+    jobs = make_jobs(2, 160, prompts, longest=100)
+    outcomes = Storm(speculating_server, concurrency=24).run(jobs, waves=1)
     finished = check_outcomes(outcomes)
     broken_off = Counter(o.job.fate for o in outcomes if not o.finished)
     assert broken_off["abort"] >= 3 and broken_off["disconnect"] >= 3
     retractions = sum(o.answer["meta_info"]["num_retractions"] for o in finished if o.answer)
-    assert retractions >= 2, "the pool was too large to be a test"
+    assert retractions >= 1, "the pool was too large to be a test"
     assert_nothing_is_left(speculating_server)
     assert check_answers(finished, references(speculating_server, prompts)) >= 100
     assert_nothing_is_left(speculating_server)

@@ -89,6 +89,61 @@ def test_a_tree_is_followed_as_long_as_it_is_right() -> None:
         assert predicts[accepted[b, : len(path)].long()].tolist() == answer
 
 
+def test_a_sampled_answer_has_the_models_probabilities() -> None:
+    """What follows the known token, drafted or not, and what follows a draft that was right."""
+    n_times, generator = 6000, torch.Generator().manual_seed(0)
+    follows = torch.eye(4, dtype=torch.bool)
+    follows[:, 0] = True
+    follows[3, 1] = True  # 0 has children 1 and 2, and 1 has the child 3
+    tokens = torch.tensor([[9, 1, 2, 0]] * n_times)
+    after = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.5, 0.0, 0.25, 0.25]])
+    probs = after[[0, 1, 1, 1]].repeat(n_times, 1, 1)
+    _, *links = described(follows.repeat(n_times, 1, 1), torch.full((n_times,), 3))
+    predicts = torch.zeros(n_times * 4, dtype=torch.int32)
+    accepted = torch.full((n_times, 4), -1, dtype=torch.int32)
+    numbers = torch.zeros(n_times, dtype=torch.int32)
+    ngram.verify_sampled(
+        *(predicts, accepted, numbers, tokens, *links),
+        torch.rand(n_times, 4, generator=generator),
+        torch.rand(n_times, generator=generator),
+        probs,
+        draft_probs=torch.zeros_like(probs),
+        threshold_single=1.0,
+        threshold_acc=1.0,
+        deterministic=True,
+    )
+    first = predicts.view(n_times, 4)[:, 0].long()
+    shares = first.bincount(minlength=4) / n_times
+    torch.testing.assert_close(shares, after[0], rtol=0.0, atol=0.03)
+    assert torch.equal(numbers > 0, (first == 1) | (first == 2))
+    second = predicts.view(n_times, 4)[first == 1, 1].long()
+    shares = second.bincount(minlength=4) / len(second)
+    torch.testing.assert_close(shares, after[1], rtol=0.0, atol=0.05)
+
+
+def test_a_coin_of_almost_1_finds_a_token_that_can_be() -> None:
+    probs = torch.tensor([[[0.5, 0.5, 0.0]]])
+    predicts, accepted = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    none, known = torch.full((1, 1), -1), torch.zeros(1, 1, dtype=torch.int64)
+    numbers = torch.zeros(1, dtype=torch.int32)
+    ngram.verify_sampled(
+        *(predicts, accepted, numbers, known, known, none, none),
+        *(torch.ones(1, 1), torch.ones(1), probs),
+        threshold_single=1.0,
+        threshold_acc=1.0,
+    )
+    assert predicts.tolist() == [1]
+
+
+def test_truncated_probabilities() -> None:
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]] * 3)
+    top_k = ngram.renormed_top_k(probs, torch.tensor([1, 2, 1 << 30]))
+    expected = torch.tensor([[0, 1, 0, 0], [0, 4 / 7, 0, 3 / 7], [0.1, 0.4, 0.2, 0.3]])
+    torch.testing.assert_close(top_k, expected)
+    top_p = ngram.renormed_top_p(probs, torch.tensor([0.3, 0.65, 1.0]))
+    torch.testing.assert_close(top_p, expected)
+
+
 def test_slots_of_drafts_are_dealt_read_and_moved_to_the_front() -> None:
     rows, table = torch.tensor([2, 0]), torch.zeros(3, 9, dtype=torch.int32)
     start, end = torch.tensor([4, 1]), torch.tensor([7, 4])
