@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +17,6 @@ from aircache_patches.resolution import register_radix_cache
 from aircache_patches.support import unsupported
 from aircache_sglang.config import AirCacheConfig
 
-logger = logging.getLogger(__name__)
 # `make upgrade-check` sets it to the release that it tries: the hooks are then applied to that one.
 UPGRADE_CHECK = "AIRCACHE_UPGRADE_CHECK"
 
@@ -69,13 +68,13 @@ def install(policy: str, config: AirCacheConfig) -> None:
 def _is_upgrade_check(found: str | None) -> bool:
     if found is None or os.environ.get(UPGRADE_CHECK) != found:
         return False
-    logger.warning(
-        "aircache: SGLANG %s IS NOT A TESTED VERSION, and its answers may be wrong: %s=%s lets it "
-        "start, which is meant for `make upgrade-check` alone (tested: %s).",
-        found,
-        UPGRADE_CHECK,
-        found,
-        ", ".join(ledger.TESTED_VERSIONS),
+    # Whatever the log level.
+    print(
+        f"aircache: SGLANG {found} IS NOT A TESTED VERSION, and its answers may be wrong: "
+        f"{UPGRADE_CHECK}={found} lets it start, which is meant for `make upgrade-check` alone "
+        f"(tested: {', '.join(ledger.TESTED_VERSIONS)})",
+        file=sys.stderr,
+        flush=True,
     )
     return True
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from importlib.metadata import distributions
 from pathlib import Path
+from xml.etree.ElementTree import Element, fromstring
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.upgrade import touched
 from tests.upgrade.__main__ import exit_code, places, summary
 from tests.upgrade.compare import Moved, Sources, Status, compare
 from tests.upgrade.release import held, install, megabytes, unmet
-from tests.upgrade.trial import Outcome
+from tests.upgrade.trial import Outcome, counted, reason
 
 
 def sources(folder: Path, **files: str) -> Sources:
@@ -213,6 +214,26 @@ def test_requirements_that_the_base_does_not_meet(tmp_path: Path) -> None:
 def test_what_is_no_version_is_refused(tmp_path: Path, version: str) -> None:
     with pytest.raises(ValueError, match="looks like"):
         install(version, tmp_path / "lib" / "python" / "site-packages")
+
+
+def test_a_failure_says_what_was_raised_last() -> None:
+    failure = Element("failure", message="AssertionError: a.py:5: UserWarning")
+    assert reason(failure) == "AssertionError: a.py:5: UserWarning"
+    failure.text = "E    AssertionError: a.py:5: UserWarning\nE      ImportError: no f\nE    assert"
+    assert reason(failure) == "ImportError: no f"
+
+
+def test_tests_are_counted_and_grouped_by_their_reason() -> None:
+    report = """<testsuites><testsuite>
+    <testcase classname="a" name="fine"/>
+    <testcase classname="a" name="left"><skipped/></testcase>
+    <testcase classname="a" name="one"><failure message="">E   OSError: no /x/y</failure></testcase>
+    <testcase classname="b" name="two"><error message="">E   OSError: no /x/y</error></testcase>
+    <testcase classname="b" name="both"><failure message="wrong"/><error message="end"/></testcase>
+    </testsuite></testsuites>"""
+    passed, skipped, failed = counted(fromstring(report).iter("testcase"), "/x/")
+    assert (passed, skipped) == (1, 1)
+    assert failed == {"OSError: no y": ["a::one", "b::two"], "wrong": ["b::both"]}
 
 
 def test_the_exit_code_is_0_where_nothing_moved_and_all_passed() -> None:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from aircache_patches.install import UPGRADE_CHECK
@@ -22,6 +23,8 @@ UNIT = (
 )
 # Stock and compressing servers against each other and against Transformers.
 SERVERS = ("tests/integration/test_exactness.py", "-m", "not gpu")
+
+_RAISED = re.compile(r"^E? +([\w.]*(?:Error|Exception|Refusal)\b.*)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Trial:
     def __init__(self, release: Release) -> None:
         command = [str(ROOT / ".ci" / "env"), "--over", str(release.folder)]
         made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        self.version = release.version
+        self.version, self.folder = release.version, release.folder
         self.python = Path(made.stdout.strip())
         self.environment = os.environ | {
             UPGRADE_CHECK: release.version,
@@ -76,7 +79,7 @@ class Trial:
         )
 
     def tests(self, name: str, arguments: Sequence[str]) -> Outcome:
-        """Run pytest; a problem is a failed test and the first line of what it said."""
+        """Run pytest; a problem is what tests failed with, how many and the first of them."""
         report, log = self.logs / f"{name}.xml", self.logs / f"{name}.log"
         report.unlink(missing_ok=True)
         with log.open("w") as output:
@@ -90,13 +93,36 @@ class Trial:
         where = log.relative_to(ROOT)
         if not report.exists():
             return Outcome(False, f"pytest ended with exit code {done.returncode}; {where}")
-        problems, skipped, cases = [], 0, list(ElementTree.parse(report).iter("testcase"))
-        for case in cases:
-            skipped += case.find("skipped") is not None
-            for problem in (case.find("failure"), case.find("error")):
-                if problem is not None:
-                    said = (problem.get("message") or "").strip().partition("\n")[0]
-                    problems.append(f"{case.get('classname')}::{case.get('name')}: {said[:200]}")
-        passed = len(cases) - len(problems) - skipped
-        text = f"{passed} passed, {len(problems)} failed, {skipped} skipped; {where}"
-        return Outcome(done.returncode == 0 and passed > 0, text, tuple(problems))
+        passed, skipped, failed = counted(
+            ElementTree.parse(report).iter("testcase"), f"{self.folder}/"
+        )
+        count = sum(map(len, failed.values()))
+        reasons = (f"{said}\n    {len(tests)}: {tests[0]}" for said, tests in failed.items())
+        text = f"{passed} passed, {count} failed, {skipped} skipped; {where}"
+        return Outcome(done.returncode == 0 and passed > 0, text, tuple(reasons))
+
+
+def counted(
+    cases: Iterable[ElementTree.Element], folder: str
+) -> tuple[int, int, dict[str, list[str]]]:
+    """Of pytest's report: how many tests passed, were skipped, and which failed for what reason.
+
+    `folder` is left out of the reasons.
+    """
+    passed, skipped, failed = 0, 0, dict[str, list[str]]()
+    for case in cases:
+        problems = [*case.findall("failure"), *case.findall("error")]
+        if problems:
+            said = reason(problems[0]).replace(folder, "")
+            failed.setdefault(said, []).append(f"{case.get('classname')}::{case.get('name')}")
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return passed, skipped, failed
+
+
+def reason(problem: ElementTree.Element) -> str:
+    """The last exception that pytest's report of a failure shows, a process's own included."""
+    raised = _RAISED.findall(problem.text or "")
+    return str(raised[-1]) if raised else (problem.get("message") or "").partition("\n")[0]
