@@ -13,7 +13,7 @@ PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 GPU_PYTHON ?=
 
-.PHONY: help which-python dev test test-unit test-compile test-gpu check format demo bench bench-parts quality train clean
+.PHONY: help which-python dev test test-unit test-compile test-gpu upgrade-check check format demo bench bench-parts quality train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ test-gpu: ## the tests that need an NVIDIA GPU; GPU_PYTHON=python3 where that ha
 	PYTHONPATH=kernels:. "$$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib \
 	  tests/gpu tests/unit/policy -m gpu $(ARGS)
 
+# What it prints and what to do then: docs/upgrading.md.
+upgrade-check: ## another SGLang release beside this one, what moved, does it run; VERSION=0.5.24 [DIFF=1]
+	@$(PYTHON); $(TEST) "$$python" -m tests.upgrade "$(VERSION)" $(if $(DIFF),--diff) --unit-flags="$(WORKERS) $(ARGS)"
+
 check: ## ruff and mypy
 	@$(PYTHON); "$$python" -m ruff check .; "$$python" -m ruff format --check .; "$$python" -m mypy
 
@@ -64,5 +68,5 @@ train: ## train the model that reads pages, about three hours on one core; ARGS=
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.documents.train $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	@rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

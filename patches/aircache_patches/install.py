@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +16,9 @@ from aircache_patches.refusal import refuse
 from aircache_patches.resolution import register_radix_cache
 from aircache_patches.support import unsupported
 from aircache_sglang.config import AirCacheConfig
+
+# `make upgrade-check` sets it to the release that it tries: the hooks are then applied to that one.
+UPGRADE_CHECK = "AIRCACHE_UPGRADE_CHECK"
 
 
 def sglang_version() -> str | None:
@@ -37,7 +42,7 @@ def install(policy: str, config: AirCacheConfig) -> None:
     if process.is_installed():
         return
     found = sglang_version()
-    if found not in ledger.TESTED_VERSIONS:
+    if found not in ledger.TESTED_VERSIONS and not _is_upgrade_check(found):
         raise refuse(
             f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, "
             f"found {found}; install one of these versions, or start without --kv-policy"
@@ -58,6 +63,20 @@ def install(policy: str, config: AirCacheConfig) -> None:
             f"{', '.join(missing)}; reinstall SGLang, or start without --kv-policy"
         )
     process.set_policy(policy, config)
+
+
+def _is_upgrade_check(found: str | None) -> bool:
+    if found is None or os.environ.get(UPGRADE_CHECK) != found:
+        return False
+    # Whatever the log level.
+    print(
+        f"aircache: SGLANG {found} IS NOT A TESTED VERSION, and its answers may be wrong: "
+        f"{UPGRADE_CHECK}={found} lets it start, which is meant for `make upgrade-check` alone "
+        f"(tested: {', '.join(ledger.TESTED_VERSIONS)})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return True
 
 
 def refuse_unsupported(server_args: Any) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from aircache_patches import ledger
+from aircache_patches import install, ledger
+from aircache_patches.refusal import Refusal
+from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.testing.checkpoints import make_qwen2_vl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +49,23 @@ def test_targets_exist(target: str) -> None:
 def test_no_target_is_hooked_twice() -> None:
     assert len(set(TARGETS)) == len(TARGETS)
     assert ledger.missing_targets() == []
+
+
+def test_another_release_is_let_in_by_its_name_and_loudly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make upgrade-check` sets the variable; a check that comes after the version's tells."""
+    monkeypatch.setattr(ledger, "TESTED_VERSIONS", ("0.0.0",))
+    monkeypatch.setattr(ledger, "missing_targets", lambda: ["the next check"])
+    for value in ("", "1", "0.0.1"):
+        monkeypatch.setenv(install.UPGRADE_CHECK, value)
+        with pytest.raises(Refusal, match="is tested with SGLang 0"):
+            install.install("aircache", AirCacheConfig())
+    assert "TESTED" not in capsys.readouterr().err
+    monkeypatch.setenv(install.UPGRADE_CHECK, version("sglang"))
+    with pytest.raises(Refusal, match="the next check"):
+        install.install("aircache", AirCacheConfig())
+    assert "IS NOT A TESTED VERSION" in capsys.readouterr().err
 
 
 def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
