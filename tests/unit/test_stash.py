@@ -134,6 +134,7 @@ class Server:
             req_pool_indices=None,
             prefix_lens=[req.prefix_len for req, _ in self.batch],
             extend_lens=[size for _, size in self.batch],
+            hicache_consumer_index=-1,
         )
         self.compressor.run_forward(batch, lambda: self.layers(batch))
         for req, size in self.batch:
