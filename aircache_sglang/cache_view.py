@@ -73,6 +73,8 @@ def draw(dump: dict[str, Any]) -> str:
         lines.append(", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
     for node in dump["nodes"]:
         what = "tombstone" if node["tombstone"] else f"{node['slots']} slots"
+        if node["host_slots"]:
+            what = "in host memory" if node["tombstone"] else f"{what} (and in host memory)"
         if node["columns"]:
             what += f" ({node['columns']} columns)"
         held = f", held {node['locks']}x" if node["locks"] else ""

@@ -286,7 +286,11 @@ class Compressor:
         if not batch.forward_mode.is_extend():
             with self.attention.during(self._decode_work(batch)):
                 return forward()
-        with self.attention.during(self._prefill_work(batch)):
+        work = self._prefill_work(batch)
+        if work.is_more and batch.hicache_consumer_index >= 0:
+            # Stock attention waits layer by layer, where it reads a layer; we read them directly.
+            self.pool.wait_for_load(batch.hicache_consumer_index)
+        with self.attention.during(work):
             result = forward()
         self._compress(batch.reqs)
         return result
@@ -442,6 +446,10 @@ class Compressor:
         if self.pressure.enlist(req):
             # What can be packed is room for others.
             self._made_room = True
+
+    def unlocked(self) -> None:
+        """Slots of the tree that a copy to or from host memory held may be evicted again."""
+        self._made_room = True
 
     def made_room(self) -> bool:
         """Whether visual slots have been given back since this was last asked."""

@@ -44,3 +44,12 @@ class LayerContiguousKVPool(KVPlanes, MHATokenToKVPool):
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store one layer's K and V, in its own type and scaling."""
         self.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+
+    def wait_for_load(self, load: int) -> None:
+        """Let the current stream wait until all layers of a load from host memory are here.
+
+        load: of those that the counter holds apart (managers/cache_controller.py,
+            LayerDoneCounter); its layers are copied in their order.
+        """
+        counter = self.layer_transfer_counter
+        counter.events[load].wait(counter.num_layers - 1)

@@ -91,6 +91,10 @@ class Pressure:
                 self._metrics.left_alone(Reason.NO_PRESSURE)
         state.whole, state.packs = None, []
 
+    def has_decided(self) -> bool:
+        """Whether anything waits for the next forward."""
+        return bool(self._decided)
+
     def launch(self) -> None:
         """Pack what was decided, on the current stream; before each forward."""
         decided, self._decided = self._decided, []

@@ -51,6 +51,9 @@ class Requests(Protocol):
     def prefilled(self, req: Any) -> None:
         """The result of a prefill, or of one of its chunks, has been processed."""
 
+    def unlocked(self) -> None:
+        """Slots of the tree that a copy to or from host memory held may be evicted again."""
+
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed."""
 

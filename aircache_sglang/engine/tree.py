@@ -81,6 +81,9 @@ class Node(TreeNode):
     packed: packed children, by variant and first token.
     read_by: the replica that a picture's full KV was read for, while nobody else has read it.
     below_picture: a visual node stands above it, and a match reaches it only through that one.
+    host_value: where its copy in host memory is, int64 [tokens]; None without (host_tier.py).
+    transfer: which copy between device and host the node is part of right now.
+    occupied: there are slots in it or below it; n_occupied: children of which that is true.
     """
 
     def __init__(self, kind: Kind, priority: int = 0) -> None:
@@ -94,6 +97,10 @@ class Node(TreeNode):
         self.packed: dict[Hashable, list[Node]] = {}
         self.read_by: Node | None = None
         self.below_picture = False
+        self.host_value: torch.Tensor | None = None
+        self.transfer: int | None = None
+        self.occupied = False
+        self.n_occupied = 0
 
     @property
     def size(self) -> int:
@@ -147,6 +154,7 @@ class Node(TreeNode):
             "slots": self.size,
             "columns": 0 if self.content is None else self.content.intent.columns,
             "tombstone": self.is_tombstone,
+            "host_slots": 0 if self.host_value is None else len(self.host_value),
             "locks": self.lock_ref,
             "idle_seconds": round(now - self.last_access_time, 3),
         }
@@ -207,11 +215,14 @@ class SpanTree(RadixCache):
         """The longest prefix whose full KV is there; ends at the first tombstone."""
         if self.disable or len(params.key) == 0:
             return self._empty_match_result
-        return self._found(*self._follow(self.root_node, params.key, 0))
+        return self._match(params.key)
+
+    def _match(self, key: RadixKey) -> MatchResult:
+        return self._found(*self._follow(self.root_node, key, 0))
 
     def touch_prefix(self, key: RadixKey) -> None:
         if not self.disable and len(key):
-            self._follow(self.root_node, key, 0)
+            self._match(key)
 
     def match_packed(
         self, key: RadixKey, start: int, variant: Hashable, min_end: int, *, with_selection: bool
@@ -244,11 +255,16 @@ class SpanTree(RadixCache):
             return None
         return self._found(*self._follow(best, key, start + len(best.key)))
 
-    def _follow(self, node: Node, key: RadixKey, offset: int) -> tuple[Node, int]:
-        """Walk from `node` along key[offset:] through nodes with slots: (last node, length)."""
+    def _follow(
+        self, node: Node, key: RadixKey, offset: int, *, host: bool = False
+    ) -> tuple[Node, int]:
+        """Walk from `node` along key[offset:] through nodes with slots: (last node, length).
+
+        host: and through nodes with a copy in host memory.
+        """
         now = self._tick()
         node.last_access_time = now
-        for child, matched in self._walk(node, key, offset):
+        for child, matched in self._walk(node, key, offset, host=host):
             child.last_access_time = now
             child.read_by = None
             offset += matched
@@ -257,11 +273,15 @@ class SpanTree(RadixCache):
             node = child
         return node, offset
 
-    def _walk(self, node: Node, key: RadixKey, offset: int) -> Iterator[tuple[Node, int]]:
+    def _walk(
+        self, node: Node, key: RadixKey, offset: int, *, host: bool = False
+    ) -> Iterator[tuple[Node, int]]:
         """The nodes with slots below `node` along key[offset:], and how much of each matches."""
         while offset + self.page_size <= len(key):
             child = node.children.get(key.child_key_at(offset, self.page_size))
-            if child is None or child.is_tombstone:
+            if child is None:
+                return
+            if child.is_tombstone and not (host and child.host_value is not None):
                 return
             matched = child.key.match_at(key, offset, self.page_size)
             yield child, matched
@@ -318,6 +338,7 @@ class SpanTree(RadixCache):
         page, prompt_len = self.page_size, page_floor(prompt_len, self.page_size)
         node.last_access_time = now
         duplicates: list[tuple[int, int]] = []
+        counted: list[Node] = []
 
         def visited(visit: Node, end: int) -> None:
             visit.priority = max(visit.priority, priority)
@@ -326,6 +347,7 @@ class SpanTree(RadixCache):
                 self._count(visit, -1)
                 self._inc_hit_count(visit)
                 self._count(visit, 1)
+                counted.append(visit)
 
         while offset < len(key):
             child = node.children.get(key.child_key_at(offset, page))
@@ -354,7 +376,11 @@ class SpanTree(RadixCache):
             self._attach(node, child, key.child_key_at(offset, page))
             visited(child, end)
             node, offset = child, end
+        self._published(counted)
         return Published(node, duplicates)
+
+    def _published(self, nodes: list[Node]) -> None:
+        """One more request has published these nodes, of one path and all with slots."""
 
     def add_packed(self, head: Node, key: RadixKey, start: int, replica: Replica) -> Node | None:
         """Hang a replica of key[start:] below `head`, which ends at `start`.
@@ -419,6 +445,7 @@ class SpanTree(RadixCache):
         upper.creation_time = child.creation_time
         upper.read_by, upper.below_picture = child.read_by, child.below_picture
         upper.parent, upper.place, upper.replica = child.parent, child.place, child.replica
+        upper.occupied, upper.n_occupied = child.occupied, int(child.occupied)
         upper.end = child.end - len(child.key) + split_len
         upper.key, child.key = child.key[:split_len], child.key[split_len:]
         if child.value is not None:
@@ -464,14 +491,17 @@ class SpanTree(RadixCache):
         before = self.evictable_size_
         while not self.disable and node is not self.root_node:
             if not (text_only and node.kind is Kind.VISUAL):
-                assert node.value is not None, "a tombstone cannot be locked"
-                self._count(node, -1)
-                node.lock_ref += step
-                assert node.lock_ref >= 0, "released more often than locked"
-                self._count(node, 1)
-                self._update_leaf_status(node)
+                self._change_lock(node, step)
             node = node.parent
         return int(self.evictable_size_ - before)
+
+    def _change_lock(self, node: Node, step: int) -> None:
+        assert node.value is not None, "a tombstone cannot be locked"
+        self._count(node, -1)
+        node.lock_ref += step
+        assert node.lock_ref >= 0, "released more often than locked"
+        self._count(node, 1)
+        self._update_leaf_status(node)
 
     # Evicting
 
@@ -502,7 +532,7 @@ class SpanTree(RadixCache):
         return EvictResult(num_tokens_evicted=freed)
 
     def _evict_node(self, node: Node) -> Node:
-        """Free a node's slots; returns the node above what was removed."""
+        """Free a node's slots; returns the first node above it that has some."""
         assert node.value is not None and node.lock_ref == 0
         self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
         self.observer.evicted(node.label, node.size)
@@ -511,12 +541,19 @@ class SpanTree(RadixCache):
             self.kv_events.record_remove(node)
         node.value = None
         self._update_leaf_status(node)
-        # Itself, unless a tombstone now, and the tombstones above that it was the last child of.
-        while node is not self.root_node and node.is_tombstone and not node.children:
-            node = self._detach(node)
+        return self._prune(node)
+
+    def _prune(self, node: Node) -> Node:
+        """Remove a tombstone that nothing follows, and those above it that this leaves so; returns
+        the first node above with slots."""
+        while node is not self.root_node and node.is_tombstone:
+            parent: Node = node.parent
+            if not node.children and node.host_value is None:
+                self._detach(node)
+            node = parent
         return node
 
-    def _detach(self, node: Node) -> Node:
+    def _detach(self, node: Node) -> None:
         parent: Node = node.parent
         del parent.children[node.place]
         if node.content is not None:
@@ -524,15 +561,18 @@ class SpanTree(RadixCache):
             parent.packed[index].remove(node)
             if not parent.packed[index]:
                 del parent.packed[index]
-        self._update_leaf_status(parent)
-        return parent
 
     def _update_leaf_status(self, node: Node) -> None:
-        """A node may be evicted if nobody holds it and it is visual or nothing follows it."""
-        if node.size and not node.lock_ref and (node.kind is Kind.VISUAL or not node.children):
+        """A node may be evicted if nobody holds it and it is visual or no slots follow it."""
+        if node.size and not node.lock_ref and (node.kind is Kind.VISUAL or not node.n_occupied):
             self.evictable_leaves.add(node)
         else:
             self.evictable_leaves.discard(node)
+        occupied = bool(node.size or node.n_occupied)
+        if occupied != node.occupied and node is not self.root_node:
+            node.occupied = occupied
+            node.parent.n_occupied += 1 if occupied else -1
+            self._update_leaf_status(node.parent)
 
     def _count(self, node: Node, sign: int) -> None:
         slots = sign * node.size

@@ -50,6 +50,12 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         make_pin_memory_a_no_op()
         make_synchronize_a_no_op()
 
+    def init_backend(self) -> None:
+        """Runs in each worker, before SGLang builds its pools (model_runner.py:271)."""
+        from aircache_sglang.platform.host_pool import serve_host_pools
+
+        serve_host_pools()
+
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Bytes this process may use: the machine's memory, or its container's limit."""
         from sglang.srt.utils.common import get_instance_memory_status
@@ -105,6 +111,9 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 "--attention-backend torch_native has no mask for the drafts of "
                 "--speculative-algorithm NGRAM; add a --kv-policy, whose attention has"
             )
+        # Its kernels are for accelerators; its own layout goes with it (hicache_hook.py).
+        if server_args.hicache_io_backend == "kernel":
+            server_args.hicache_io_backend = "direct"
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)

@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from aircache_patches import process
+from aircache_patches.pressure import launch
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
@@ -17,6 +18,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     SGLang stops looking for requests to admit when one does not fit, until a running one leaves.
     """
     compressor = process.compressor()
+    # A load from host memory, on its own stream, may be given slots that packing has still to read.
+    launch(scheduler)
     if compressor.made_room():
         running_batch.batch_is_full = False
     compressor.begin_batch(scheduler.chunked_req, running_batch.reqs)

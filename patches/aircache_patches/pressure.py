@@ -25,8 +25,15 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
         need = batch.new_tokens_required_next_decode()
         if not pressure.for_decode(tree, need, batch.reqs):
             # What was decided must not wait for a forward: rows would name slots of others.
-            with scheduler.forward_stream_ctx:
-                scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-                pressure.launch()
+            launch(scheduler)
             return None
     return original(scheduler, batch)
+
+
+def launch(scheduler: Any) -> None:
+    """Pack what was decided now, and not with the next forward."""
+    pressure = process.compressor().pressure
+    if pressure.has_decided():
+        with scheduler.forward_stream_ctx:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            pressure.launch()

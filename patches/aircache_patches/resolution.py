@@ -95,6 +95,15 @@ def _make_radix_cache(context: Any) -> Any:
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()
-    return AirCacheRadixCache(
-        context.params, compressor, compressor.config.pin_text, compressor.metrics
+    given = context.params, compressor, compressor.config.pin_text, compressor.metrics
+    if not context.enable_hierarchical_cache:
+        return AirCacheRadixCache(*given)
+    # Imported here: it brings all of SGLang's host pools.
+    from aircache_sglang.engine.host_tier import TieredRadixCache, make_controller
+
+    tree = TieredRadixCache(*given, make_controller(context.params))
+    # As in mem_cache/registry.py, create_unified_radix_cache.
+    context.tp_worker.register_hicache_layer_transfer_counter(
+        tree.cache_controller.layer_done_counter
     )
+    return tree

@@ -30,7 +30,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("encoder_only", False, "--encoder-only"),
     ("language_only", False, "--language-only"),
     ("enable_pdmux", False, "--enable-pdmux"),
-    ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+    ("hicache_storage_backend", None, "--hicache-storage-backend"),
     ("enable_unified_memory", False, "--enable-unified-memory"),
     ("enable_unified_cache_external_linker", False, "--enable-unified-cache-external-linker"),
     ("enable_session_radix_cache", False, "--enable-session-radix-cache"),

@@ -31,7 +31,9 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--enable-deterministic-inference",): "enable-deterministic-inference by its Triton",
     ("--rl-on-policy-target", "fsdp"): "with --rl-on-policy-target by its Triton decode on a CUDA",
     ("--enable-pdmux",): "with --enable-pdmux; drop one",
-    ("--enable-hierarchical-cache",): "with --enable-hierarchical-cache; drop one",
+    (
+        *("--enable-hierarchical-cache", "--hicache-storage-backend", "file"),
+    ): "with --hicache-storage-backend file; drop one",
     ("--enable-unified-cache-external-linker",): "--enable-unified-cache-external-linker; drop",
     ("--enable-session-radix-cache",): "with --enable-session-radix-cache; drop one",
     ("--enable-streaming-session",): "with --enable-streaming-session; drop one",
@@ -205,7 +207,7 @@ FIELDS: dict[str, tuple[Any, Any, str]] = {
     "encoder_only": (False, True, "--encoder-only"),
     "language_only": (False, True, "--language-only"),
     "enable_pdmux": (False, True, "--enable-pdmux"),
-    "enable_hierarchical_cache": (False, True, "--enable-hierarchical-cache"),
+    "hicache_storage_backend": (None, "file", "--hicache-storage-backend file"),
     "enable_unified_memory": (False, True, "--enable-unified-memory"),
     "enable_unified_cache_external_linker": (
         *(False, True),

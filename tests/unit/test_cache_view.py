@@ -12,7 +12,8 @@ from aircache_sglang.engine.tree import Kind
 
 def node(depth: int, kind: str, tokens: int, **fields: Any) -> dict[str, Any]:
     plain = {"name": "", "slots": tokens, "columns": 0, "tombstone": False, "locks": 0}
-    return {"depth": depth, "kind": kind, "tokens": tokens, "idle_seconds": 2.4, **plain, **fields}
+    plain |= {"host_slots": 0, "idle_seconds": 2.4}
+    return {"depth": depth, "kind": kind, "tokens": tokens, **plain, **fields}
 
 
 def test_a_tombstone_a_lock_and_left_out_nodes() -> None:
@@ -23,7 +24,8 @@ def test_a_tombstone_a_lock_and_left_out_nodes() -> None:
         "nodes": [
             node(0, "prompt", 4, locks=2),
             node(1, "visual", 12, name="f4240", slots=0, tombstone=True),
-            node(2, "prompt", 3),
+            node(2, "prompt", 3, host_slots=3),
+            node(1, "visual", 8, slots=0, tombstone=True, host_slots=8),
             node(1, "packed", 15, name="aircache/0.1", slots=4, columns=1, locks=1),
         ],
         "nodes_left_out": 6,
@@ -34,7 +36,8 @@ def test_a_tombstone_a_lock_and_left_out_nodes() -> None:
         "evicted_slots_visual 12, refilled_slots 5",
         "- prompt: 4 tokens, 4 slots, held 2x, used 2 s ago",
         "  - visual f4240: 12 tokens, tombstone, used 2 s ago",
-        "    - prompt: 3 tokens, 3 slots, used 2 s ago",
+        "    - prompt: 3 tokens, 3 slots (and in host memory), used 2 s ago",
+        "  - visual: 8 tokens, in host memory, used 2 s ago",
         "  - packed aircache/0.1: 15 tokens, 4 slots (1 columns), held 1x, used 2 s ago",
         "... 6 nodes more",
     ]

@@ -39,7 +39,11 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.mem_cache import common
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    InitLoadBackParams,
+    MatchPrefixParams,
+)
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -197,21 +201,20 @@ class World:
         extender = TorchExtender(self.pool, compressor.table)
         compressor.attention = AttentionState(self.pool, decoder, extender, lambda: None)
         self.compressor = compressor
-        self.tree = AirCacheRadixCache(
-            CacheInitParams(
-                disable=disable,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=page,
-            ),
-            compressor,
-            pin_text,
-            compressor.metrics,
+        params = CacheInitParams(
+            disable=disable,
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=page,
         )
+        self.tree = self.make_tree(params, compressor, pin_text, compressor.metrics)
         # Visual KV that was computed beside columns.
         self.beside: list[float] = []
         self.live: list[FakeReq] = []
         self.numbers = itertools.count()
+
+    def make_tree(self, *parts: Any) -> AirCacheRadixCache:
+        return AirCacheRadixCache(*parts)
 
     # What the scheduler does, in SGLang's order.
 
@@ -229,21 +232,29 @@ class World:
         """One chunk; False if not admitted. Without `reserve` the columns are not counted."""
         first = req.phase is Phase.WAITING
         req.refresh_fill_ids()
-        total = len(req.full_untruncated_fill_ids)
+        total, on_host = len(req.full_untruncated_fill_ids), 0
         if first:
             key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, limit=total - 1)
             found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
             req.prefix_len = req.kv.cache_protected_len = found.device_prefix_len
-            req.last_node = found.last_device_node
-        extend = min(chunk, total - req.prefix_len)
-        need = self._slots(req.prefix_len, req.prefix_len + extend)
-        need += self.compressor.slots_to_reserve(req, extend) if reserve else 0
+            req.last_node, on_host = found.last_device_node, found.host_hit_length
+        extend = min(chunk, total - req.prefix_len - on_host)
         lock = self.tree.lock(req.last_node) if first else None
-        self.pressure.recount()
-        room = self.free_or_evictable() + self.pressure.promised(self.tree)
-        if need > room or not self.rows.free_slots:
+        if not self._has_room(req, on_host + extend, reserve):
             self.tree.unlock(lock)
             return False
+        if on_host:
+            params = InitLoadBackParams(found.best_match_node, on_host, req=req)
+            loaded, req.last_node = self.tree.init_load_back(params)
+            assert loaded == 0 or loaded >= on_host, "all or nothing"
+            lock = self._exchange(lock, req.last_node)
+            req.prefix_len += loaded
+            req.kv.cache_protected_len = req.prefix_len
+            extend = min(extend if loaded else chunk, total - req.prefix_len)
+            if not loaded and not self._has_room(req, extend, reserve):
+                self.tree.unlock(lock)
+                return False
+        load = self.start_loading()
         if first:
             req.lock = lock
             prefix = self.tree.path_device_indices(req.last_node)[: req.prefix_len]
@@ -266,6 +277,7 @@ class World:
             extend_lens=[extend],
             forward_mode=ForwardMode.EXTEND,
             decoding_reqs=None,
+            hicache_consumer_index=load,
         )
         self.compressor.allocate_columns(batch)
         self.compressor.run_forward(batch, lambda: self._forward(req, extend))
@@ -275,6 +287,26 @@ class World:
         else:
             req.phase = Phase.IN_FLIGHT
         return True
+
+    def start_loading(self) -> int:
+        """What the batch has to wait for, negative for nothing."""
+        return -1
+
+    def settle(self) -> None:
+        """Wait for all that runs beside the scheduler."""
+
+    def _has_room(self, req: FakeReq, n: int, reserve: bool) -> bool:
+        """Whether a request may have its next n tokens, and what its prefill needs besides."""
+        need = self._slots(req.prefix_len, req.prefix_len + n)
+        need += self.compressor.slots_to_reserve(req, n) if reserve else 0
+        self.pressure.recount()
+        room = self.free_or_evictable() + self.pressure.promised(self.tree)
+        return need <= room and bool(self.rows.free_slots)
+
+    def _exchange(self, lock: Any, node: Node) -> Any:
+        new = self.tree.lock(node)
+        self.tree.unlock(lock)
+        return new
 
     def running(self) -> list[FakeReq]:
         return [req for req in self.live if req.phase in (Phase.IN_FLIGHT, Phase.RUNNING)]
@@ -1097,7 +1129,8 @@ def test_room_for_columns_is_kept_from_every_beam() -> None:
     for _ in range(3):
         assert world.pressure.for_decode(world.tree, 5, [whole, leader])
         world.pressure.launch()
-        assert world._alloc(5) is not None
+        common.evict_from_tree_cache(world.tree, 5)
+        assert world.allocator.alloc(5) is not None
         leader.output_ids.append(7)
     assert len(state_of(whole).packs) == 1
 
@@ -1147,9 +1180,12 @@ class Scheduler(RuleBasedStateMachine):
 
     @initialize(size=st.sampled_from([36, 60, 100]))
     def start(self, size: int) -> None:
-        self.world = World(size, disable=self.disable, rows=4, when=self.when, page=self.page)
+        self.world = self.make_world(size)
         # What could be continued: conversation, pictures, configuration.
         self.past: list[tuple[list[int], Any, Any]] = []
+
+    def make_world(self, size: int) -> World:
+        return World(size, disable=self.disable, rows=4, when=self.when, page=self.page)
 
     def pick(self, data: st.DataObject, *phases: Phase) -> FakeReq:
         return data.draw(st.sampled_from([r for r in self.world.live if r.phase in phases]))
@@ -1259,6 +1295,7 @@ class Scheduler(RuleBasedStateMachine):
     @precondition(lambda self: not any(req.kv.holds_kv for req in self.world.live))
     @rule()
     def flush(self) -> None:
+        self.world.settle()
         self.world.tree.reset()
         self.world.rows.clear()
         self.world.allocator.clear()
@@ -1278,6 +1315,7 @@ class Scheduler(RuleBasedStateMachine):
             else:
                 world.live.remove(req)
         assert not world.compressor.records
+        world.settle()
         world.tree.evict(EvictParams(num_tokens=1 << 20))
         world.check()
         assert world.allocator.available_size() == world.allocator.size

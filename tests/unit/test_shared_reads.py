@@ -137,7 +137,9 @@ def test_the_schedule_stream_waits_for_the_pass(
         maybe_publish_prefill_shared_read_done(runner, ends, device)
         log.append("layers")
 
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, decoding_reqs=None, reqs=[row])
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND, decoding_reqs=None, reqs=[row], hicache_consumer_index=-1
+    )
     compressor.run_forward(batch, forward)
     scheduler: Any = SimpleNamespace(
         _war_barrier_enabled=True,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.schedule_policy import AddReqResult
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from aircache_patches import pool, prefill, process
 from aircache_patches.refusal import Refusal
@@ -127,13 +128,14 @@ class Server:
                     budgets=None, reused=False, surplus=None, intent=req.aircache.intent, seconds=0
                 )
                 self.compressor.records[req.kv.req_pool_idx] = record
-        mode = SimpleNamespace(is_idle=lambda: False, is_extend=lambda: True)
         batch = SimpleNamespace(
-            forward_mode=mode,
+            forward_mode=ForwardMode.EXTEND,
             reqs=[req for req, _ in self.batch],
-            req_pool_indices=None,
+            req_pool_indices=[],
             prefix_lens=[req.prefix_len for req, _ in self.batch],
             extend_lens=[size for _, size in self.batch],
+            hicache_consumer_index=-1,
+            decoding_reqs=None,
         )
         self.compressor.run_forward(batch, lambda: self.layers(batch))
         for req, size in self.batch:

@@ -90,7 +90,18 @@ def overlay(folder: Path, patches: Iterable[Path]) -> list[str]:
 def run_tests(folder: Path, tests: list[str], source: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--continue-on-collection-errors",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            *tests,
+        ],
         cwd=folder,
         env=env,
         capture_output=True,

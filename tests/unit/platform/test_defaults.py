@@ -48,6 +48,7 @@ def resolved(**given: Any) -> SimpleNamespace:
         mem_fraction_static=None,
         max_running_requests=None,
         lora_backend="csgmv",
+        hicache_io_backend="kernel",
         tp_size=1,
         pp_size=1,
         dp_size=1,
@@ -65,6 +66,7 @@ def test_defaults() -> None:
     assert args.max_total_tokens == 65_536
     assert args.max_running_requests == 64
     assert args.lora_backend == "torch_native"
+    assert args.hicache_io_backend == "direct"
     assert args.mem_fraction_static is None
     assert args.sleep_on_idle is True
 
