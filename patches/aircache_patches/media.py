@@ -160,7 +160,8 @@ class _Checked:
         self._runs: list[tuple[Mark, list[int]]] = []
         for kind in KINDS:
             given = _given(obj, kind)
-            prepared = [item for item in given if isinstance(item, dict) and "format" in item]
+            dicts = [item for item in given if isinstance(item, dict)]
+            prepared = [item for item in dicts if "format" in item or "feature" in item]
             if prepared:
                 self._prepare(kind, prepared[0])
             elif given or reader.strict:
@@ -177,7 +178,7 @@ class _Checked:
         if name is None:
             raise ValueError(
                 f"the format of a {kind} must be precomputed_embedding or processor_output, got "
-                f"{data['format']!r}"
+                f"{data.get('format')!r}"
             )
         if "precomputed_embeddings" in data:
             raise ValueError(

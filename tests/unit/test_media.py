@@ -205,6 +205,7 @@ def test_prepared_data() -> None:
         ({"format": FORMAT, "feature": torch.zeros(4, WIDTH)}, "a grid of shape"),
         ({"format": FORMAT, "feature": torch.zeros(4, WIDTH + 1)}, r"reads \[tokens, 8\]"),
         ({"format": "jpeg", "feature": 1}, "must be precomputed_embedding or processor_output"),
+        ({"feature": torch.zeros(4, WIDTH)}, "or processor_output, got None"),
         (
             {"format": "processor_output", "precomputed_embeddings": torch.zeros(4, WIDTH)},
             "given with the format precomputed_embedding",
