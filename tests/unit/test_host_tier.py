@@ -35,6 +35,7 @@ from tests.unit.test_radix_cache import (
     REUSE,
     TEXT,
     FakeReq,
+    Phase,
     Scheduler,
     World,
     pictures,
@@ -473,13 +474,18 @@ class Tiered(Scheduler):
         world.tree.init_load_back = counted  # type: ignore[method-assign]
         return world
 
-    @precondition(lambda self: self.past and len(self.world.live) < 6)
+    @precondition(lambda self: self.past and len(self.world.live) < 4)
     @rule(data=st.data(), chunk=st.sampled_from([100, 5]), whole=st.booleans())
     def once_more(self, data: st.DataObject, chunk: int, whole: bool) -> None:
-        """An earlier prompt, of which the device has no more than what others hold."""
+        """A prompt that was answered twice, of which the device has what others hold."""
+        ids, spans, config = data.draw(st.sampled_from(self.past))
+        for _ in range(2):
+            req = self.world.submit(ids, spans, config)
+            self.begin(req, 100, True)
+            if req.phase is Phase.RUNNING:
+                self.world.finish(req)
         self.world.settle()
         self.world.tree.evict(EvictParams(num_tokens=1 << 20))
-        ids, spans, config = data.draw(st.sampled_from(self.past))
         self.begin(self.world.submit(ids, spans, config), chunk, whole)
 
     @rule()
