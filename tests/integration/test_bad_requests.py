@@ -138,7 +138,7 @@ def test_embeddings_and_processor_outputs(make: Callable[[Path], Path], tmp_path
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

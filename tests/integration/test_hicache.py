@@ -134,7 +134,11 @@ def test_beside_other_flags(checkpoint: Path, oracle: Oracle, kind: str) -> None
         "single slots": ["--page-size", "1", "--hicache-mem-layout", "layer_first"],
         "two ranks": ["--tp-size", "2"],
         "mixed": ["--enable-mixed-chunk"],
-        "drafts": ["--speculative-algorithm", "NGRAM", "--disable-overlap-schedule"],
+        # SGLang takes trees of drafts with single slots alone.
+        "drafts": [
+            *("--speculative-algorithm", "NGRAM", "--disable-overlap-schedule"),
+            *("--page-size", "1"),
+        ],
     }[kind]
     start = Server if kind == "two ranks" else PreloadedServer
     with start(checkpoint, [*FLAGS, *flags], env=STRICT_MEMORY_CHECKS) as server:
