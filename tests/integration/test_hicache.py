@@ -17,6 +17,7 @@ from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.test_memory import settled_metrics
 from tests.integration.test_pages import storm
 from tests.support.chats import cached, compressed_chat
+from tests.support.compiler import needs_compiler
 from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
@@ -125,7 +126,11 @@ def test_a_storm_leaves_no_slot_behind(tiered: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["pressure", "compressed", "single slots", "two ranks", "mixed", "drafts"]
+    "kind",
+    [
+        *("pressure", "compressed", "single slots", "two ranks", "mixed"),
+        pytest.param("drafts", marks=needs_compiler),
+    ],
 )
 def test_beside_other_flags(checkpoint: Path, oracle: Oracle, kind: str) -> None:
     flags = {

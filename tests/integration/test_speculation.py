@@ -20,10 +20,12 @@ from tests.integration.storm import Storm, flush, loads, make_jobs, make_prompts
 from tests.integration.test_exactness import SHAPES
 from tests.integration.test_memory import check_answers, check_outcomes, references
 from tests.support.chats import compressed_chat
+from tests.support.compiler import needs_compiler
 from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
+    needs_compiler,
     pytest.mark.skipif(has_accelerator(), reason="SGLang would use the accelerator"),
 ]
 
