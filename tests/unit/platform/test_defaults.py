@@ -141,7 +141,5 @@ def test_adapters_are_pageable_and_torch_is_its_own() -> None:
 
 
 def test_waiting_for_the_device_returns() -> None:
-    with pytest.raises((RuntimeError, AssertionError)):
-        torch.cuda.synchronize()
     cpu.PlainCpuPlatform()
     torch.get_device_module().synchronize()
