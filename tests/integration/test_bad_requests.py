@@ -138,12 +138,12 @@ def test_embeddings_and_processor_outputs(make: Callable[[Path], Path], tmp_path
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     expected = rows[0]
-    assert expected["name"] == "good" and expected["report"]["columns"] == 10
+    assert expected["name"] == "good" and expected["report"]["slots_freed"] > 50
     assert len(rows) > 15
     for row in rows[1:]:
         assert row["alive"], row
