@@ -143,7 +143,7 @@ def test_embeddings_and_processor_outputs(make: Callable[[Path], Path], tmp_path
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     expected = rows[0]
-    assert expected["name"] == "good" and expected["report"]["columns"] == 10
+    assert expected["name"] == "good" and expected["report"]["slots_freed"] > 50
     assert len(rows) > 15
     for row in rows[1:]:
         assert row["alive"], row
