@@ -22,6 +22,7 @@ from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from aircache_sglang.testing.oracle import Oracle, assert_agrees
 from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.support.compiler import needs_compiler
 
 pytestmark = [
     pytest.mark.server,
@@ -158,6 +159,7 @@ def test_more_than_the_largest_size(graphs: Graphs, small_oracle: Oracle) -> Non
     assert all(replay.rows <= max(SIZES) for replay in done)
 
 
+@needs_compiler
 def test_replays_of_drafts(graphs_of_drafts: Graphs, small_oracle: Oracle) -> None:
     """Verify steps of both kinds: every answer is exact, and packed ones are of our graphs."""
     captured = re.findall(r"captured (\d+) (\w+): (.*)", graphs_of_drafts.server.log())
