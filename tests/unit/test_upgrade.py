@@ -181,7 +181,9 @@ def test_what_our_code_touches(tmp_path: Path) -> None:
     assert list(found) == ["engine.m.Tree", "engine.m.Other", "engine.deep.f"]
     assert found["engine.m.Tree"] == f"{file}:3"
     assert touched.named([file]) >= {"insert", "key", "extra_key", "own"}
-    assert touched.foreign([file], {"own", "insert"}) == {"insert", "key", "extra_key"}
+    override = {"own": 1, "insert": 1}
+    assert touched.foreign([file], override) == {"insert", "key", "extra_key"}
+    assert touched.foreign([file], {**override, "insert": 2}) == {"key", "extra_key"}
 
 
 def test_the_door_is_all_that_imports_sglang() -> None:

@@ -85,12 +85,16 @@ def compare_all(old: Sources, new: Sources, diff: bool) -> dict[str, list[Status
     return found
 
 
-def own_names() -> set[str]:
-    """What our sources define, and what every tensor has."""
+def own_names() -> dict[str, int]:
+    """What our sources define, how often, and what every tensor has."""
     import torch
 
     ours = Sources(touched.ROOT)
-    return {*dir(torch.Tensor), *(name for package in OURS for name in ours.index(package))}
+    found = dict.fromkeys(dir(torch.Tensor), 2)
+    for package in OURS:
+        for name, defined in ours.index(package).items():
+            found[name] = found.get(name, 0) + len(defined)
+    return found
 
 
 def summary(counts: Mapping[str, list[Status]], outcomes: Mapping[str, Outcome]) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,14 +73,17 @@ def named(files: list[Path]) -> frozenset[str]:
     return frozenset(found)
 
 
-def foreign(files: list[Path], own: Iterable[str]) -> set[str]:
-    """Attributes that files say of objects which are not ours: those not among `own`, what our
-    sources define, and those of `super()`, which we override."""
+def foreign(files: list[Path], own: Mapping[str, int]) -> set[str]:
+    """Attributes that files say of objects which are not ours.
+
+    `own` counts how often our sources define a name. One that they define is ours, unless they do
+    so once and call it of `super()`: then it is an override.
+    """
     found: set[str] = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()":
-                found.add(node.attr)
+                found.update([node.attr] * (own.get(node.attr, 0) < 2))
             else:
                 found.update(set(_attribute(node)).difference(own))
     return found
