@@ -5,9 +5,8 @@
         --aircache-reuse compressed --aircache-session-columns 160 --aircache-rungs 0.3,0.1
     python -m examples.watch http://127.0.0.1:30000 --turns 60
 
-It is one session of SGLang's (`/open_session`), so that every frame is sent once. Stock SGLang does
-not survive a second picture in a session (docs/bad-requests.md); `--resend` sends the whole
-conversation with every turn instead, to any server.
+It is one session of SGLang's (`/open_session`), so that every frame is sent once. `--resend` sends
+the whole conversation with every turn instead.
 
 Each line says what a turn took: tokens of the whole conversation, those computed anew, columns that
 all frames hold together, and seconds to the first token.

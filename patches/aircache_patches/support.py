@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from aircache_sglang.config import AirCacheConfig
+
 # Served and tested; see docs/models.md. LlavaQwenForCausalLM is LLaVA-OneVision and LLaVA-NeXT in
 # the form of their authors; the last three run on SGLang's Transformers fallback.
 ARCHITECTURES = (
@@ -98,11 +100,14 @@ def unsupported(server_args: Any) -> Iterator[str]:
             f"{policy} does not work with --kv-cache-dtype {view.kv_cache_dtype}; "
             "use auto, bf16 or fp8_e4m3"
         )
-    if view.page_size > 1 and server_args.aircache_session_columns is not None:
-        yield (
-            f"{policy} does not work with --aircache-session-columns and --page-size "
-            f"{view.page_size}; use --page-size 1"
-        )
+    if view.page_size > 1:
+        knob = AirCacheConfig.from_server_args(server_args).needs_single_tokens()
+        if knob is not None:
+            flag = "--aircache-" + knob.replace("_", "-").replace(".", " ")
+            yield (
+                f"{policy} does not work with {flag} and --page-size {view.page_size}; "
+                "use --page-size 1"
+            )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)

@@ -24,6 +24,9 @@ REFUSED: dict[tuple[str, ...], str] = {
         *("--page-size", "16", "--aircache-reuse", "compressed"),
         *("--aircache-session-columns", "64"),
     ): "with --aircache-session-columns and --page-size 16; use --page-size 1",
+    (
+        *("--page-size", "16", "--aircache-ablation", '{"audience": "all"}'),
+    ): "with --aircache-ablation audience and --page-size 16; use --page-size 1",
     ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
     ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
     ("--encoder-only",): "with --encoder-only; drop one",

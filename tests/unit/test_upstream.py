@@ -91,16 +91,8 @@ def run_tests(folder: Path, tests: list[str], source: Path) -> subprocess.Comple
     env = os.environ | {"PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--continue-on-collection-errors",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-W",
-            "ignore",
-            *tests,
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"),
+            *("--continue-on-collection-errors", *tests),
         ],
         cwd=folder,
         env=env,
