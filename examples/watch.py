@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import sys
@@ -39,21 +40,53 @@ def frame(number: int) -> tuple[str, str]:
     return url, page.facts["SUM"]
 
 
+class Refused(Exception):
+    """The server answers with an error; its own sentence."""
+
+
+class Client:
+    """A server of this machine, which a proxy of the environment must not see."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._session = url.rstrip("/"), requests.Session()
+        self._session.trust_env = False
+
+    def get(self, path: str) -> Any:
+        return self._session.get(self._url + path, timeout=30).json()
+
+    def post(self, path: str, body: dict[str, Any], *, stream: bool = False) -> requests.Response:
+        response = self._session.post(self._url + path, json=body, stream=stream)
+        if not response.ok:
+            raise Refused(response.text)
+        return response
+
+    def first_token(self, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Seconds to the first token, and the whole answer."""
+        started = time.monotonic()
+        with self.post("/generate", body | {"stream": True}, stream=True) as response:
+            seconds, last = 0.0, b""
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    seconds = seconds or time.monotonic() - started
+                    last = line.removeprefix(b"data: ")
+        answer: dict[str, Any] = json.loads(last)
+        if "error" in answer:
+            raise Refused(answer["error"]["message"])
+        return seconds, answer
+
+
 class Conversation:
     """What is sent of it: each turn alone, or all of it with every turn."""
 
-    def __init__(self, url: str, tokenizer: Any, *, resend: bool) -> None:
-        self._url, self._tokenizer, self._resend = url, tokenizer, resend
+    def __init__(self, client: Client, tokenizer: Any, *, resend: bool) -> None:
+        self._client, self._tokenizer, self._resend = client, tokenizer, resend
         self._messages: list[dict[str, str]] = []
         self._frames: list[str] = []
         self._session: str | None = None
         self._last: str | None = None
         self._ended_by = ""
         if not resend:
-            opened = requests.post(
-                f"{url}/open_session", json={"capacity_of_str_len": 10_000_000}, timeout=30
-            )
-            opened.raise_for_status()
+            opened = client.post("/open_session", {"capacity_of_str_len": 10_000_000})
             self._session = opened.json()
 
     def turn(self, picture: str) -> dict[str, Any]:
@@ -81,9 +114,7 @@ class Conversation:
 
     def close(self) -> None:
         if self._session is not None:
-            requests.post(
-                f"{self._url}/close_session", json={"session_id": self._session}, timeout=30
-            )
+            self._client.post("/close_session", {"session_id": self._session})
 
     def _written(self) -> str:
         """The conversation so far as the model's chat template writes it, up to an answer."""
@@ -101,23 +132,6 @@ class Conversation:
         return text
 
 
-def first_token(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Seconds to the first token, and the whole answer."""
-    started = time.monotonic()
-    session = requests.Session()
-    # A proxy of the environment must not see a server of this machine.
-    session.trust_env = False
-    with session.post(f"{url}/generate", json=body | {"stream": True}, stream=True) as response:
-        response.raise_for_status()
-        seconds, last = 0.0, b""
-        for line in response.iter_lines():
-            if line.startswith(b"data: {"):
-                seconds = seconds or time.monotonic() - started
-                last = line.removeprefix(b"data: ")
-    answer: dict[str, Any] = json.loads(last)
-    return seconds, answer
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.watch",
@@ -131,38 +145,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.turns < 1:
         parser.error(f"--turns must be at least 1, got {arguments.turns}")
-    url = arguments.url.rstrip("/")
+    client = Client(arguments.url)
     try:
-        model = requests.get(f"{url}/model_info", timeout=30).json()["model_path"]
+        model = client.get("/model_info")["model_path"]
     except requests.RequestException as error:
-        print(f"no SGLang server answers at {url}: {error}", file=sys.stderr)
+        print(f"no SGLang server answers at {arguments.url}: {error}", file=sys.stderr)
         return 1
-    conversation = Conversation(url, AutoTokenizer.from_pretrained(model), resend=arguments.resend)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        conversation = Conversation(client, tokenizer, resend=arguments.resend)
+        with contextlib.closing(conversation):
+            watch(client, conversation, arguments.turns, arguments.tokens)
+    except (requests.RequestException, Refused) as error:
+        print(f"the conversation ended: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def watch(client: Client, conversation: Conversation, turns: int, tokens: int) -> None:
+    """Ask about a new frame in every turn, and print a line of each."""
     right = 0
+    sampling = {"max_new_tokens": tokens, "temperature": 0.0}
     print(f"{'turn':>4} {'tokens':>7} {'anew':>5} {'columns':>7} {'seconds':>7}  answer")
-    for turn in range(1, arguments.turns + 1):
+    for turn in range(1, turns + 1):
         picture, value = frame(turn)
-        body = conversation.turn(picture) | {
-            "sampling_params": {"max_new_tokens": arguments.tokens, "temperature": 0.0}
-        }
-        try:
-            seconds, answer = first_token(url, body)
-        except requests.RequestException as error:
-            print(f"turn {turn}: {error}", file=sys.stderr)
-            return 1
+        body = conversation.turn(picture) | {"sampling_params": sampling}
+        seconds, answer = client.first_token(body)
         meta = answer["meta_info"]
         report = meta.get("aircache") or {}
         said = answer["text"].strip()
         right += said == value
-        anew = meta["prompt_tokens"] - meta["cached_tokens"]
+        n, anew = meta["prompt_tokens"], meta["prompt_tokens"] - meta["cached_tokens"]
         columns = report.get("columns", "-")
-        print(
-            f"{turn:>4} {meta['prompt_tokens']:>7} {anew:>5} {columns:>7} {seconds:>7.2f}  {said}"
-        )
+        print(f"{turn:>4} {n:>7} {anew:>5} {columns:>7} {seconds:>7.2f}  {said}", flush=True)
         conversation.said(answer)
-    conversation.close()
-    print(f"{right} of {arguments.turns} answers are what stands on the newest frame")
-    return 0
+    print(f"{right} of {turns} answers are what stands on the newest frame")
 
 
 if __name__ == "__main__":
