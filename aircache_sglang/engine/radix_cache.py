@@ -229,7 +229,9 @@ class AirCacheRadixCache(SpanTree):
         start, end = intent.replica_start, intent.replica_end
         if end >= intent.prompt.end:
             slots = self._prompt_slots(req, record, end)
-            replica = record.replica(slots[page_floor(intent.prompt.end, self.page_size) :])
+            rest = self._key(req, intent.prompt.length).token_ids[end:]
+            text = slots[page_floor(intent.prompt.end, self.page_size) :]
+            replica = record.replica(text, tuple(rest))
             node = self.add_packed(head, self._key(req, end), start, replica)
         if node is None:
             record.release(freed=intent.n_given_up)

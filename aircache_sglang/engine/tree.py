@@ -247,6 +247,7 @@ class SpanTree(RadixCache):
                 start + size >= min_end
                 and not (with_selection and node.content.selected is None)
                 and node.key.match_at(key, start) == size
+                and node.content.is_followed_by(key.token_ids, start + size)
             ):
                 below = sum(matched for _, matched in self._walk(node, key, start + size))
                 if (size + below, size) > furthest:
@@ -393,6 +394,7 @@ class SpanTree(RadixCache):
         for other in siblings:
             assert other.content is not None
             same = len(other.key) == len(key) - start == other.key.match_at(key, start)
+            same = same and other.content.rest == replica.rest
             if same and (replica.selected is None or other.content.selected is not None):
                 return None
         node = Node(Kind.PACKED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Replica:
     variant: what was asked for, so that replicas of one picture live side by side.
     slots: int64, owned by the tree: the request's `extra`, then those of the positions from the
         start of the page of `prompt.end` to `replica_end`.
+    rest: the prompt's tokens behind `replica_end`: less than a page of the instruction, which who
+        extends the replica must have too.
     budgets, mass, selected: of the record that packed it; `selected` only if that request asked
         for it.
     segments: the turns whose pictures it holds, the oldest first.
@@ -48,6 +50,11 @@ class Replica:
     mass: torch.Tensor | None
     selected: torch.Tensor | None
     segments: tuple[Segment, ...]
+    rest: tuple[int, ...] = ()
+
+    def is_followed_by(self, token_ids: Sequence[int], end: int) -> bool:
+        """Whether the prompt goes on as this one's did; end: where the replica ends in it."""
+        return tuple(token_ids[end : end + len(self.rest)]) == self.rest
 
     def row_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The entries [replica_start, replica_end) of a row that extends this replica."""
@@ -167,15 +174,16 @@ class CompressionRecord:
         """The pass has been launched; budgets and mass may still be on their way to the host."""
         self.budgets, self.mass, self.selected = budgets, mass, selected
 
-    def replica(self, text: torch.Tensor) -> Replica:
-        """What it leaves in the tree; text: int64, see `Replica.slots`."""
+    def replica(self, text: torch.Tensor, rest: tuple[int, ...] = ()) -> Replica:
+        """What it leaves in the tree; text: int64, see `Replica.slots`; rest: see there."""
         assert self.budgets is not None, "a replica of a request whose pass has not run"
         slots = torch.cat([self.extra, text])
         variant = self.intent.config.variant()
         prompt, m = self.intent.prompt, self.intent.columns
         segments = self.segments or (Segment(prompt.n_visual, 0, m, self.budgets),)
         return Replica(
-            *(variant, self.intent, slots, self.budgets, self.mass, self.selected, segments)
+            *(variant, self.intent, slots, self.budgets, self.mass, self.selected, segments),
+            rest=rest,
         )
 
     def at(

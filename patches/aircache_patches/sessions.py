@@ -18,9 +18,11 @@ def create_req(original: Callable[..., Any], session: Any, recv: Any, *args: Any
     """AROUND Session.create_req: the pictures of a turn's history are those that it still has."""
     params = recv.session_params
     if params.replace and params.rid is None and not session.streaming:
-        # SGLang deletes from the dictionary that it walks over.
-        for node in [node for node in session.req_nodes.values() if node.parent is None]:
-            node.clear(session.req_nodes)
+        # SGLang deletes from the dictionary that it walks over, and twice where a rid came again.
+        for node in session.req_nodes.values():
+            node.abort()
+        session.req_nodes.clear()
+    before = session.req_nodes.get(recv.rid)
     req = original(session, recv, *args, **kw)
     if isinstance(req.to_finish, FINISH_ABORT):
         # Its prompt is gone, and SGLang would look for the place of the pictures in it.
@@ -35,6 +37,8 @@ def create_req(original: Callable[..., Any], session: Any, recv: Any, *args: Any
             raise ValueError("the session's turn goes on from one whose pictures were dropped")
     except ValueError as error:
         node = session.req_nodes.pop(req.rid)
+        if before is not None:
+            session.req_nodes[req.rid] = before
         if node.parent is not None:
             node.parent.children.remove(node)
         recv.mm_inputs = None

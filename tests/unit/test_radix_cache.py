@@ -777,6 +777,23 @@ def test_a_follow_up_with_other_settings_packs_its_own_replica(other: dict[str, 
         world.check()
 
 
+@pytest.mark.parametrize("shared", [1, 4], ids=["in no page", "a page"])
+def test_another_question_is_scored_however_much_of_it_fills_pages(shared: int) -> None:
+    """Two questions that begin alike: the rest of an instruction is in no page of a replica."""
+    world = World(120, page=4)
+    ids, spans = pictures((12, 1))
+    begin = [7, 8, 9, 9][:shared]
+    first, second = ([*ids, *begin, token] for token in (5, 6))
+    for prompt, again in ((first, False), (second, False), (first, True), (second, True)):
+        req = world.run(world.submit(prompt, spans, REUSE), steps=1)
+        assert world.compressor.records[req.kv.req_pool_idx].reused == again
+        world.check()
+        world.finish(req)
+        world.check()
+    packed = [node for node, _ in world.nodes() if node.kind is Kind.PACKED]
+    assert len(packed) == 2
+
+
 def test_two_requests_that_prefilled_the_same_picture_publish_it_once() -> None:
     world = World(100)
     ids, spans = pictures((10, 1), (4, 2), between=2)
