@@ -87,7 +87,7 @@ def test_nothing_is_lost_at_retention_1(paged: Server, oracle: Oracle) -> None:
 def test_a_picture_is_shared_by_the_page(paged: Server, page: int, oracle: Oracle) -> None:
     """The next question finds the whole pages of head and picture, and scores anew."""
     paged.flush_cache()
-    image = picture(8, 12, 12)
+    image = picture(8, 16, 16)
     first = ask(paged, user_prompt(image, "what is here?"), {"retention": 0.3})
     assert cached(first) == 0
     prompt = user_prompt(image, "what is on the left of the old bridge?")
