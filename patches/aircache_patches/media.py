@@ -12,6 +12,7 @@ import errno
 import logging
 import re
 import struct
+import sys
 import zlib
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
@@ -158,11 +159,13 @@ class _Checked:
         self.request = obj
         self._manager, self._processor, self._reader = manager, manager.mm_processor, reader
         self._runs: list[tuple[Mark, list[int]]] = []
+        self._prepared: set[str] = set()
         for kind in KINDS:
             given = _given(obj, kind)
             dicts = [item for item in given if isinstance(item, dict)]
             prepared = [item for item in dicts if "format" in item or "feature" in item]
             if prepared:
+                self._prepared.add(kind)
                 self._prepare(kind, prepared[0])
             elif given or reader.strict:
                 self._fit(kind, len(given))
@@ -235,8 +238,10 @@ class _Checked:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
             # None where the model itself finds their place, as LLaVA's (models/llava.py).
             spans = [item.offsets for item in of_kind if item.offsets is not None]
+            # A prompt that is too long was cut before; SGLang itself refuses it behind this.
+            length = len(ids) if kind in self._prepared else sys.maxsize
             for offsets in spans:
-                check_spans(offsets, len(ids), kind)
+                check_spans(offsets, length, kind)
 
     def _check_prepared(self, kind: str, data: dict[str, Any], filled: int) -> None:
         feature, processor = _feature(data), self._processor

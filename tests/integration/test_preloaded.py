@@ -59,9 +59,9 @@ def test_as_many_processes(aircache_server: Server, forked: Server) -> None:
 
 def test_a_start_that_fails(checkpoint: Path, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    flags = [*SHARED_FLAGS, "--page-size", "16"]
+    flags = [*SHARED_FLAGS, "--kv-canary", "log"]
     server = PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS, log=log)
     with pytest.raises(ServerError, match="the server exited with code 1"):
         server.start()
-    assert "aircache: --kv-policy aircache does not work with --page-size 16" in log.read_text()
+    assert "aircache: --kv-policy aircache does not work with --kv-canary log" in log.read_text()
     assert server.pids() == []

@@ -55,7 +55,8 @@ def carried(
     # All that follows has seen only what was kept of the picture.
     packed_at = 1 if exact is None else exact - len(head) + 1
     tokens = ids[len(head) :] + answer["output_ids"]
-    trace = oracle.run(inputs, tokens, packs=[(packed_at, selection)])
+    packs = [] if selection is None else [(packed_at, selection)]
+    trace = oracle.run(inputs, tokens, packs=packs)
     steps = answer["meta_info"]["output_token_logprobs"]
     top = answer["meta_info"]["output_top_logprobs"]
     rows = trace.logprobs[-len(steps) :]
