@@ -53,6 +53,11 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("dllm_algorithm", None, "--dllm-algorithm"),
     ("kv_canary", "none", "--kv-canary"),
 )
+# Knobs that pages of several tokens cannot serve (config.py, needs_single_tokens).
+_SINGLE_TOKENS = {
+    "session_columns": "--aircache-session-columns",
+    "ablation.audience": "--aircache-ablation audience",
+}
 # Switches of SGLang that are environment variables.
 _VARIABLES = (
     "SGLANG_RUST_SERVER",
@@ -103,7 +108,7 @@ def unsupported(server_args: Any) -> Iterator[str]:
     if view.page_size > 1:
         knob = AirCacheConfig.from_server_args(server_args).needs_single_tokens()
         if knob is not None:
-            flag = "--aircache-" + knob.replace("_", "-").replace(".", " ")
+            flag = _SINGLE_TOKENS[knob]
             yield (
                 f"{policy} does not work with {flag} and --page-size {view.page_size}; "
                 "use --page-size 1"

@@ -269,7 +269,7 @@ def test_bad_load(
         (["--load", "--when", "pressure"], "--load does not read --when"),
         (["--capacity", "--rate", "1"], "--capacity does not read --rate"),
         (["--mode", "stock"], "the sweep does not read --mode"),
-        (["--when", "pressure"], "the sweep does not read --when"),
+        (["--load", "--when", "pressure"], "--load does not read --when"),
     ],
 )
 def test_what_a_run_does_not_read(

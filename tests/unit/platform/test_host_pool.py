@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -14,14 +16,15 @@ PAGE, LAYERS = 4, 3
 
 
 @pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (base, "HICACHE_HOST_MEMORY_RESERVE_BYTES"),
-        (common, "ALLOC_MEMORY_FUNCS"),
-    ):
-        value = getattr(module, name)
-        monkeypatch.setattr(module, name, value if isinstance(value, int) else value.copy())
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    name = "HICACHE_HOST_MEMORY_RESERVE_BYTES"
+    monkeypatch.setattr(base, name, getattr(base, name))
+    # In place: SGLang's modules have imported it by name.
+    before = dict(common.ALLOC_MEMORY_FUNCS)
     serve_host_pools()
+    yield
+    common.ALLOC_MEMORY_FUNCS.clear()
+    common.ALLOC_MEMORY_FUNCS.update(before)
 
 
 @pytest.mark.parametrize("layout", ["layer_first", "page_first_direct"])
