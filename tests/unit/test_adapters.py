@@ -60,9 +60,9 @@ class WorldOfAdapters(World):
         with self.under(req.extra_key):
             super()._forward(req, extend)
 
-    def decode(self, req: FakeReq) -> bool:
+    def decode(self, req: FakeReq, *, mixed: bool = False) -> bool:
         with self.under(req.extra_key):
-            return super().decode(req)
+            return super().decode(req, mixed=mixed)
 
     def _check_node(self, node: Any, tokens: tuple[int, ...]) -> None:
         with self.under(node.key.extra_key):

@@ -93,7 +93,7 @@ class World:
             m = int(budgets.sum()) // self.n_layers
             assert int(budgets.sum()) == m * self.n_layers
             record = CompressionRecord(
-                Intent(AirCacheConfig(), prompt, m),
+                Intent(AirCacheConfig(reuse="compressed"), prompt, m),
                 row,
                 slots[: prompt.end].clone(),
                 self._alloc(m + prompt.n_between),

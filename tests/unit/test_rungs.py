@@ -73,7 +73,8 @@ class World:
         self.k_all, self.v_all = planes.to(self.dtype).unbind(0)
         self.prompt = VisualPrompt(((3, 23), (26, 46)), length=52, n_visual=40)
         config = AirCacheConfig(when="pressure", rungs=(0.5, 0.25, 0.1), min_visual_tokens=3)
-        self.intent = Intent(config, self.prompt, 4, rungs=rungs_of(config, 40))
+        intent = Intent(config, self.prompt, 4)
+        self.intent = dataclasses.replace(intent, rungs=rungs_of(intent))
         slots = torch.randperm(rows - 1, generator=g) + 1
         self.row, self.columns = slots[:60], slots[60:80]
         req_to_token = torch.zeros(3, 80, dtype=torch.int32)
@@ -113,12 +114,19 @@ class World:
 
 def test_the_sizes_of_the_rungs() -> None:
     config = AirCacheConfig(when="pressure", rungs=(0.5, 0.25, 0.1))
-    assert rungs_of(config, 40) == (Rung(0.5, 20), Rung(0.25, 10), Rung(0.1, 4))
+
+    def rungs(config: AirCacheConfig, n: int, page: int = 1) -> tuple[Rung, ...]:
+        prompt = VisualPrompt(((0, n),), n + 8, n)
+        return rungs_of(Intent(config, prompt, 1, page_size=page))
+
+    assert rungs(config, 40) == (Rung(0.5, 20), Rung(0.25, 10), Rung(0.1, 4))
     # Sizes that are no fewer columns than the next are left out, and so is all of the picture.
-    assert rungs_of(config, 3) == (Rung(0.5, 2), Rung(0.1, 1))
+    assert rungs(config, 3) == (Rung(0.5, 2), Rung(0.1, 1))
+    # Nor what takes as many pages as the next.
+    assert rungs(config, 64, page=16) == (Rung(0.5, 32), Rung(0.1, 6))
     one = dataclasses.replace(config, retention=0.3)
-    assert rungs_of(one, 100) == (Rung(0.5, 50), Rung(0.3, 30))
-    assert rungs_of(dataclasses.replace(config, reuse="compressed"), 100) == (Rung(0.1, 10),)
+    assert rungs(one, 100) == (Rung(0.5, 50), Rung(0.3, 30))
+    assert rungs(dataclasses.replace(config, reuse="compressed"), 100) == (Rung(0.1, 10),)
 
 
 @pytest.mark.parametrize("seed", range(4))
