@@ -225,7 +225,7 @@ def tokens_in_use(server: Server, bodies: list[dict[str, Any]]) -> tuple[int, li
 
 @pytest.mark.slow
 def test_tokens_in_use_while_decoding(aircache_server: Server, stock_server: Server) -> None:
-    generated = 150
+    generated = 400  # long enough to be seen on a busy machine
     bodies = [
         Prompt(f"look {PICTURE} and say what you see in it", (seed,), None).body(generated)
         for seed in (3, 5, 9, 11)

@@ -381,9 +381,9 @@ def after(code: str, module: str = "sglang.launch_server") -> list[str]:
 
 @pytest.mark.server
 def test_launch_server_refuses(checkpoint: Path) -> None:
-    result = run([*LAUNCH, *server_flags(checkpoint, "--page-size", "16")])
+    result = run([*LAUNCH, *server_flags(checkpoint, "--kv-canary", "log")])
     assert sentence_of(result) == (
-        f"aircache: {POLICY} does not work with --page-size 16; drop one of the two flags"
+        f"aircache: {POLICY} does not work with --kv-canary log; drop one of the two flags"
     )
 
 
