@@ -162,7 +162,7 @@ def test_ladders_agree(configs: tuple[AirCacheConfig, ...], device: torch.device
     for side, run in zip(sides, (TorchPass, KernelPass), strict=True):
         for job in side.jobs:
             intent = job.record.intent
-            rungs = rungs_of(intent.config, intent.prompt.n_visual)
+            rungs = rungs_of(intent)
             job.record.intent = dataclasses.replace(intent, rungs=rungs)
         run(side.inputs).rank(side.jobs)
         assert torch.equal(side.inputs.k_all, fresh.inputs.k_all)
