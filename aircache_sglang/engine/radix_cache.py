@@ -168,7 +168,6 @@ class AirCacheRadixCache(SpanTree):
             priority=req.priority or 0,
             inserted_len=req.kv.cache_inserted_len,
             below=below,
-            offset=0 if below is None else below.end,
         )
         req.kv.cache_inserted_len = max(req.kv.cache_inserted_len, length)
         for start, end in done.duplicates:

@@ -327,15 +327,15 @@ class SpanTree(RadixCache):
         priority: int = 0,
         inserted_len: int = 0,
         below: Node | None = None,
-        offset: int = 0,
     ) -> Published:
         """Insert a key of whole pages whose token i has the slot slots[i], int64 [len(key)].
 
         Tombstones on the way are refilled with the offered slots. Tokens from `prompt_len` on were
         generated; a node of generated text that this prompt runs through is promoted to PROMPT.
-        With `below`, a node that ends at `offset`, insertion starts there.
+        With `below` insertion starts where that node ends.
         """
         node, now = below or self.root_node, self._tick()
+        offset = node.end
         page, prompt_len = self.page_size, page_floor(prompt_len, self.page_size)
         node.last_access_time = now
         duplicates: list[tuple[int, int]] = []

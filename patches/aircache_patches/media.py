@@ -188,8 +188,9 @@ class _Checked:
                 f"the precomputed embedding of a {kind} must be given with the format "
                 "precomputed_embedding, as its feature"
             )
-        check_tensor(_feature(data), kind, name.name.lower().replace("_", " "))
-        self._check_prepared(kind, data, self._filled(kind, data))
+        feature = _feature(data)
+        check_tensor(feature, kind, name.name.lower().replace("_", " "))
+        self._check_prepared(kind, data, name, feature)
 
     def _filled(self, kind: str, data: dict[str, Any]) -> int:
         """Tokens that the prompt, expanded by the caller, keeps for what is given."""
@@ -243,11 +244,12 @@ class _Checked:
             for offsets in spans:
                 check_spans(offsets, length, kind)
 
-    def _check_prepared(self, kind: str, data: dict[str, Any], filled: int) -> None:
-        feature, processor = _feature(data), self._processor
+    def _check_prepared(
+        self, kind: str, data: dict[str, Any], name: MultimodalInputFormat, feature: torch.Tensor
+    ) -> None:
+        filled, processor = self._filled(kind, data), self._processor
         config = self._manager.model_config
         vision = config.hf_config.vision_config
-        name = BaseMultimodalProcessor._get_preprocessed_input_format(data)
         if name == MultimodalInputFormat.PRECOMPUTED_EMBEDDING:
             # Qwen3-VL's encoder puts out what its deepstack layers add as well.
             parts = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import Phase as HypothesisPhase
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, run_state_machine_as_test
+from hypothesis.stateful import initialize
 
 from aircache_sglang.engine.tree import Kind
 from tests.unit import test_radix_cache as radix
@@ -28,6 +26,7 @@ from tests.unit.test_radix_cache import (  # the fixtures are used by their name
     pictures,
     published_settings,
     report,
+    run_machine,
     short_instructions,
 )
 
@@ -153,13 +152,4 @@ class AdaptersUnderPressure(Adapters):
 
 @pytest.mark.parametrize("machine", [Adapters, AdaptersUnderPressure])
 def test_no_slot_crosses_adapters_in_any_order(machine: type[Adapters]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=100,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            phases=[HypothesisPhase.generate],
-        ),
-    )
+    run_machine(machine, max_examples=100)

@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase as HypothesisPhase
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 from sglang.srt.managers import cache_controller
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache import l2_transfer
@@ -40,6 +38,7 @@ from tests.unit.test_radix_cache import (
     World,
     pictures,
     published_settings,
+    run_machine,
     short_instructions,
     truth,
 )
@@ -521,14 +520,5 @@ class TieredPagesUnderPressure(TieredUnderPressure):
 )
 def test_slots_of_both_tiers_are_conserved_in_any_order(machine: type[Tiered]) -> None:
     Tiered.seen.clear()
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=150,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            phases=[HypothesisPhase.generate],
-        ),
-    )
+    run_machine(machine)
     assert Tiered.seen["loaded"] >= 10 and Tiered.seen["pictures"] >= 5, Tiered.seen

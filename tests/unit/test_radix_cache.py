@@ -1188,6 +1188,21 @@ def test_a_replica_is_filled_whatever_becomes_of_who_packed_it(between: int) -> 
     world.check()
 
 
+def run_machine(machine: type[RuleBasedStateMachine], *, max_examples: int = 150) -> None:
+    """Run a state machine on the same examples every time."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            # Shrinking a failure takes minutes; add HypothesisPhase.shrink to look for its cause.
+            phases=[HypothesisPhase.generate],
+        ),
+    )
+
+
 class Scheduler(RuleBasedStateMachine):
     """Requests in any order: chunked, overlapping, retracted, aborted, declined; evictions."""
 
@@ -1387,14 +1402,4 @@ class PagesUnderPressureWithoutTree(SchedulerUnderPressureWithoutTree):
     ],
 )
 def test_slots_are_conserved_in_any_order(machine: type[Scheduler]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=150,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            # Shrinking a failure takes minutes; add HypothesisPhase.shrink to look for its cause.
-            phases=[HypothesisPhase.generate],
-        ),
-    )
+    run_machine(machine)
