@@ -69,6 +69,8 @@ class Compressor:
         self._made_room = False
         self._query_room = QUERY_ROWS
         self._running: Sequence[Any] = ()
+        self._admitted: Sequence[Any] = ()
+        self._launch: Callable[[], None] = lambda: None
         self.table = CompressionTable(model_runner.req_to_token_pool.req_to_token, pool.layer_num)
         self.metrics = Metrics.create(config.policy)
         layers = attention_layers(model_runner.model)
@@ -179,20 +181,23 @@ class Compressor:
     def _chain(self, req: Any, intent: Intent) -> Chain:
         return chain(req.last_node.replica.content, intent)
 
-    def begin_batch(self, chunked: Any, running: Sequence[Any]) -> None:
+    def begin_batch(self, chunked: Any, running: Sequence[Any], launch: Callable[[], None]) -> None:
         """A prefill batch is put together.
 
-        chunked: the request whose prefill goes on, or None; running: those that decode.
+        chunked: the request whose prefill goes on, or None; running: those that decode; launch:
+        packs what was decided now, on the forward stream.
         """
-        self._running = running
+        self._running, self._launch = running, launch
         self.pressure.recount()
         self._query_room = QUERY_ROWS - (0 if chunked is None else self._query_rows(chunked))
 
-    def admits(self, req: Any) -> bool:
+    def admits(self, req: Any, admitted: Sequence[Any]) -> bool:
         """Whether the queries of a request that was matched fit beside those of the batch so far.
 
+        admitted: the requests of that batch, to which this one will be added.
         The rest waits for the next batch, in its turn. Alone every request fits.
         """
+        self._admitted = admitted
         rows = self._query_rows(req)
         if rows > self._query_room:
             return False
@@ -208,15 +213,24 @@ class Compressor:
         that extends a replica."""
         return None if extends_replica(req) and not self.is_chained(req) else self.intent(req)
 
-    def make_room(self, batch: Any) -> None:
-        """Have the slots that admission has promised to a prefill batch."""
+    def make_room(self, tree: Any, reqs: Sequence[Any]) -> None:
+        """Have the slots that admission has promised to the requests of a prefill batch."""
         need = sum(
             page_ceil(len(req.full_untruncated_fill_ids), self.pool.page_size)
             - req.prefix_len
             + self.slots_to_reserve(req, None)
-            for req in batch.reqs
+            for req in reqs
         )
-        self.pressure.for_prefill(batch.tree_cache, need, [*self._running, *batch.reqs])
+        self.pressure.for_prefill(tree, need, [*self._running, *reqs])
+
+    def make_room_for_load(self, tree: Any, req: Any) -> None:
+        """As for the batch, while it is put together: a load takes its slots at once, and might
+        leave none for the columns."""
+        self.make_room(tree, [*self._admitted, req])
+
+    def loading(self) -> None:
+        """Loads, on their own stream, wait for what is on the forward stream by now."""
+        self._launch()
 
     def allocate_columns(self, batch: Any) -> None:
         """Open a record, and allocate its slots, for each prefill that ends in this batch."""

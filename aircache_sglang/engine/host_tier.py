@@ -223,6 +223,8 @@ class TieredRadixCache(AirCacheRadixCache):
             self._change_lock(node, 1)
         for node in lost:
             node.transfer = number
+        # Later, packing would find no room for its columns.
+        self.requests.make_room_for_load(self, params.req)
         need = sum(len(node.key) for node in lost)
         evict_from_tree_cache(self, need)
         copies = [node.host_value for node in lost if node.host_value is not None]
@@ -241,6 +243,7 @@ class TieredRadixCache(AirCacheRadixCache):
 
     def ready_to_load_host_cache(self) -> int:
         """Begin what was asked for; which of the controller's events the next forward waits for."""
+        self.requests.loading()
         return int(self.cache_controller.start_loading())
 
     # What is done

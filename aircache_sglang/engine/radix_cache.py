@@ -51,6 +51,12 @@ class Requests(Protocol):
     def prefilled(self, req: Any) -> None:
         """The result of a prefill, or of one of its chunks, has been processed."""
 
+    def make_room_for_load(self, tree: SpanTree, req: Any) -> None:
+        """A request that is being admitted has slots loaded from host memory."""
+
+    def loading(self) -> None:
+        """From now on loads write into slots that were free."""
+
     def unlocked(self) -> None:
         """Slots of the tree that a copy to or from host memory held may be evicted again."""
 

@@ -22,7 +22,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     launch(scheduler)
     if compressor.made_room():
         running_batch.batch_is_full = False
-    compressor.begin_batch(scheduler.chunked_req, running_batch.reqs)
+    compressor.begin_batch(scheduler.chunked_req, running_batch.reqs, lambda: launch(scheduler))
     return original(scheduler, running_batch)
 
 
@@ -40,7 +40,7 @@ def add_one_req(
 ) -> Any:
     """AROUND PrefillAdder.add_one_req: a batch ends where it would keep too many queries."""
     process.compressor().pressure.recount()
-    if not process.compressor().admits(req):
+    if not process.compressor().admits(req, adder.can_run_list):
         return AddReqResult.OTHER
     return original(adder, req, *args, **kwargs)
 
@@ -49,6 +49,6 @@ def prepare_for_extend(original: Callable[..., None], batch: Any) -> None:
     """AROUND ScheduleBatch.prepare_for_extend, which allocates the prompts' own slots: requests are
     packed to have them, and the columns are allocated beside them."""
     compressor = process.compressor()
-    compressor.make_room(batch)
+    compressor.make_room(batch.tree_cache, batch.reqs)
     original(batch)
     compressor.allocate_columns(batch)

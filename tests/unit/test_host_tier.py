@@ -302,6 +302,25 @@ def test_a_host_hit_ends_before_the_instruction() -> None:
     world.check()
 
 
+@pytest.mark.parametrize("size", [60, 66, 72, 84])
+def test_requests_are_packed_before_a_load_takes_the_room_for_their_columns(size: int) -> None:
+    """Whole or packed: what admission has promised to others can still be won."""
+    ids, spans = pictures((20, 2))
+    world = TieredWorld(size, when="pressure")
+    answered(world, [*ids, 7, 8, 9], spans)
+    world.forget_device()
+    other, where = pictures((30, 1))
+    whole = world.run(world.submit([*other, 7, 8, 9], where))
+    world.settle()
+    req = world.submit([*ids, 7, 7, 7], spans)
+    assert world.prefill(req) and req.prefix_len >= 20
+    world.check()
+    world.pressure.recount()
+    packed = whole.kv.req_pool_idx in world.compressor.records
+    assert packed == (size < 84)
+    assert packed or world.pressure.promised(world.tree) > 0
+
+
 def test_what_is_lossy_stays_off_the_host() -> None:
     for policy in POLICIES:
         world = TieredWorld(120, policy=policy)
@@ -334,7 +353,9 @@ def test_nothing_is_loaded_where_the_slots_cannot_be_had() -> None:
     found = world.match(prompt)
     assert (found.device_prefix_len, found.host_hit_length) == (0, 30)
     world.run(world.submit(list(range(50, 70)), []))
-    req: Any = SimpleNamespace(last_node=found.last_device_node)
+    req = world.submit(prompt, [])
+    req.refresh_fill_ids()
+    req.last_node = found.last_device_node
     params: Any = SimpleNamespace(best_match_node=found.best_match_node, req=req)
     assert world.tree.init_load_back(params) == (0, found.last_device_node)
     assert world.tree.ready_to_load_host_cache() == -1

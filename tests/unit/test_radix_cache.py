@@ -194,8 +194,9 @@ class World:
             1.0,
         )
         compressor.compress, compressor.inputs = TorchPass(cells), cells
-        compressor._running, compressor._has_tree = (), not disable
+        compressor._running, compressor._admitted, compressor._has_tree = (), (), not disable
         self.pressure = Pressure(cells, compressor.records, compressor.metrics)
+        compressor._launch = self.pressure.launch
         compressor.pressure = self.pressure
         decoder = TorchDecoder(self.pool, compressor.table)
         extender = TorchExtender(self.pool, compressor.table)
@@ -243,6 +244,7 @@ class World:
         if not self._has_room(req, on_host + extend, reserve):
             self.tree.unlock(lock)
             return False
+        self.compressor._running = self.running()
         if on_host:
             params = InitLoadBackParams(found.best_match_node, on_host, req=req)
             loaded, req.last_node = self.tree.init_load_back(params)
@@ -262,8 +264,7 @@ class World:
             self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.int())
         req.extend_end = req.prefilled = req.prefix_len + extend
         req.extend_batch_idx += 1
-        self.compressor._running = self.running()
-        self.compressor.make_room(SimpleNamespace(reqs=[req], tree_cache=self.tree))
+        self.compressor.make_room(self.tree, [req])
         slots = self._alloc(req, extend)
         assert slots is not None, "admission was promised more than packing wins"
         where = slice(req.prefix_len, req.extend_end)
