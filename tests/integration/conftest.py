@@ -40,6 +40,8 @@ SHARED_SERVERS = {"stock_server", "aircache_server", "serial_server"}
 STARTED: list[Server] = []
 # The files and tests that use one of them; one that is not named costs time and memory, no more.
 UNNAMED: list[str] = []
+# Whose servers are of one family of models each, the tests' only parameter.
+BY_FAMILY = ("test_families.py", "test_family_matrix.py")
 SHARING = (
     *("test_beam_search.py", "test_exactness.py", "test_follow_ups.py", "test_gate.py"),
     *("test_metrics.py", "test_policies.py", "test_session_turns.py", "test_shapes.py"),
@@ -74,7 +76,7 @@ def group_of(nodeid: str) -> str:
     if test.startswith(SHARING):
         return "shared"
     file, _, name = test.partition("::")
-    family = name.partition("[")[2] if file == "test_families.py" else ""
+    family = name.partition("[")[2] if file in BY_FAMILY else ""
     return file + family
 
 

@@ -25,12 +25,13 @@ from aircache_sglang.testing.server import png_data_url
 from tests.integration.storm import loads, wait_idle
 from tests.support import bad_requests
 from tests.support.bad_requests import assert_all_end_well
-from tests.support.families import QWEN_IMAGE, QWEN_VIDEO, Family, QwenReader
+from tests.support.families import Family
+from tests.support.families.qwen import QWEN_IMAGE, QWEN_VIDEO, QWEN_WORDS, QwenReader
 
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).resolve().parents[2]
-QWEN2_VL = Family(make_qwen2_vl, QWEN_IMAGE, QWEN_VIDEO, QwenReader)
+QWEN2_VL = Family(make_qwen2_vl, QWEN_IMAGE, QWEN_VIDEO, QwenReader, QWEN_WORDS)
 QUESTION = bad_requests.QUESTION
 
 

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import struct
 import zlib
 from typing import Any
 
 from aircache_sglang.testing import Server
-from aircache_sglang.testing.checkpoints import make_internvl_chat, make_internvl_hf
 from aircache_sglang.testing.prompts import picture
 from aircache_sglang.testing.server import png_data_url
-from tests.support.families import QWEN_IMAGE, Family, Video
+from tests.support.families import Family, Video
 
 QUESTION = "what is above the small white house?"
 # A request that is never answered must fail the test, not the run.
@@ -34,29 +32,6 @@ def one_bit_png(side: int) -> str:
     return f"data:image/png;base64,{encoded}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
-    """What a family's prompts say besides text.
-
-    token: what a picture of n tokens fills n times. brackets: tokens on each side of a picture.
-    adds_marks: whether SGLang's processor writes the marks that a prompt lacks.
-    """
-
-    token: str
-    brackets: tuple[str, ...] = ()
-    adds_marks: bool = False
-
-
-def words_of(family: Family) -> Words:
-    if family.image == QWEN_IMAGE:
-        return Words("<|image_pad|>", ("<|vision_start|>", "<|vision_end|>"))
-    if family.make is make_internvl_chat:
-        return Words("<IMG_CONTEXT>", ("<img>", "</img>"), adds_marks=True)
-    if family.make is make_internvl_hf:
-        return Words("<IMG_CONTEXT>", ("<img>", "</img>"))
-    return Words(family.image)
-
-
 def body(family: Family, *turns: Any, images: list[Any], **fields: Any) -> dict[str, Any]:
     """Of /generate: turns as `Family.prompt` takes them, but the pictures apart."""
     system = fields.pop("system", None)
@@ -70,7 +45,7 @@ def body(family: Family, *turns: Any, images: list[Any], **fields: Any) -> dict[
 
 def refused(family: Family) -> dict[str, dict[str, Any]]:
     """Requests of /generate that must end in HTTP 400, with what their sentence says."""
-    image, words = family.image, words_of(family)
+    image, words = family.image, family.words
     token = words.token
     one, two = png_data_url(picture(1, 10, 10)), png_data_url(picture(2, 9, 11))
     good = [image, QUESTION]
@@ -110,7 +85,7 @@ def png_data_url_of(data: bytes) -> str:
 
 def answered(family: Family) -> dict[str, dict[str, Any]]:
     """Requests of /generate that look bad, and are to be answered."""
-    image, one, words = family.image, png_data_url(picture(1, 10, 10)), words_of(family)
+    image, one, words = family.image, png_data_url(picture(1, 10, 10)), family.words
     cases = {"no picture at all": body(family, [f"what is {words.token}?"], images=[])}
     for token in words.brackets:
         cases[f"{token} alone"] = body(family, [image, f"what is {token} there?"], images=[one])
@@ -128,7 +103,7 @@ def videos(family: Family, video: Video) -> dict[str, dict[str, Any]]:
             family, [family.video, QUESTION], images=[], video_data=nowhere
         ),
     }
-    if not words_of(family).adds_marks:
+    if not family.words.adds_marks:
         cases["a video without a mark"] = body(
             family, [family.image, QUESTION], images=[one], video_data=[video.path]
         )

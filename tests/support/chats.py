@@ -46,10 +46,7 @@ def carried(
 
     exact: tokens of the first prompt that were computed beside the whole picture; None for all.
     """
-    inputs, whole = (
-        oracle.encode(first.text, first.images),
-        oracle.encode(prompt.text, prompt.images),
-    )
+    inputs, whole = oracle.inputs(first), oracle.inputs(prompt)
     head, ids = inputs["input_ids"][0].tolist(), whole["input_ids"][0].tolist()
     assert ids[: len(head)] == head and answer["meta_info"]["prompt_tokens"] == len(ids)
     # All that follows has seen only what was kept of the picture.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aircache_sglang.testing.prompts import picture, user_prompt
-from tests.support.families import QwenReader
+from tests.support.families.qwen import QwenReader
 
 SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 

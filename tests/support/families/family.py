@@ -70,6 +70,8 @@ class Family:
     words: what else its prompts say.
     dtype: what SGLang serves it in.
     several: fields that a request with several pictures needs.
+    flags: what its server needs besides.
+    has_tree: whether SGLang serves it with a radix cache.
     """
 
     make: Callable[[Path], Path]
@@ -79,6 +81,8 @@ class Family:
     words: Words
     dtype: str = "float32"
     several: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    has_tree: bool = True
 
     def prompt(self, *turns: Sequence[Part], system: str | None = None) -> Prompt:
         """A conversation of user and assistant turns, a user's last, as ChatML."""

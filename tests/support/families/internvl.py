@@ -74,5 +74,6 @@ FAMILIES = {
         "<video>",
         Reader,
         Words("<IMG_CONTEXT>", ("<img>", "</img>")),
+        has_tree=False,
     ),
 }

@@ -13,11 +13,15 @@ from tests.support.families.family import Family, Reader, Words
 WORDS = Words("<image>")
 
 FAMILIES = {
-    "llava-onevision": Family(make_llava_onevision, "<image>", "<video>", Reader, WORDS),
+    "llava-onevision": Family(
+        *(make_llava_onevision, "<image>", "<video>", Reader, WORDS), has_tree=False
+    ),
     "llava-qwen": Family(
         *(make_llava_qwen, "<image>", None, None, WORDS),
         dtype="float16",
         several={"modalities": ["multi-images"]},
     ),
-    "llava-next-video": Family(make_llava_next_video, "<image>", "<video>", Reader, WORDS),
+    "llava-next-video": Family(
+        *(make_llava_next_video, "<image>", "<video>", Reader, WORDS), has_tree=False
+    ),
 }
