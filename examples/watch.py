@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import requests
@@ -162,24 +163,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def watch(client: Client, conversation: Conversation, turns: int, tokens: int) -> None:
-    """Ask about a new frame in every turn, and print a line of each."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn took; tokens of the whole conversation, and of those that were computed.
+
+    columns: slots in which all frames are held; None on a server without compression.
+    seconds: to the first token.
+    """
+
+    number: int
+    tokens: int
+    anew: int
+    columns: int | None
+    seconds: float
+    said: str
+    right: bool
+
+
+def turns(
+    client: Client, conversation: Conversation, count: int, sampling: dict[str, Any]
+) -> Iterator[Turn]:
+    """Ask about a new frame in every turn."""
+    for number in range(1, count + 1):
+        picture, value = frame(number)
+        body = conversation.turn(picture) | {"sampling_params": sampling}
+        seconds, answer = client.first_token(body)
+        meta, said = answer["meta_info"], answer["text"].strip()
+        n, report = meta["prompt_tokens"], meta.get("aircache") or {}
+        anew = n - meta["cached_tokens"]
+        yield Turn(number, n, anew, report.get("columns"), seconds, said, said == value)
+        conversation.said(answer)
+
+
+def watch(client: Client, conversation: Conversation, count: int, tokens: int) -> None:
+    """Print a line of each turn."""
     right = 0
     sampling = {"max_new_tokens": tokens, "temperature": 0.0}
     print(f"{'turn':>4} {'tokens':>7} {'anew':>5} {'columns':>7} {'seconds':>7}  answer")
-    for turn in range(1, turns + 1):
-        picture, value = frame(turn)
-        body = conversation.turn(picture) | {"sampling_params": sampling}
-        seconds, answer = client.first_token(body)
-        meta = answer["meta_info"]
-        report = meta.get("aircache") or {}
-        said = answer["text"].strip()
-        right += said == value
-        n, anew = meta["prompt_tokens"], meta["prompt_tokens"] - meta["cached_tokens"]
-        columns = report.get("columns", "-")
-        print(f"{turn:>4} {n:>7} {anew:>5} {columns:>7} {seconds:>7.2f}  {said}", flush=True)
-        conversation.said(answer)
-    print(f"{right} of {turns} answers are what stands on the newest frame")
+    for turn in turns(client, conversation, count, sampling):
+        right += turn.right
+        columns = "-" if turn.columns is None else turn.columns
+        print(
+            f"{turn.number:>4} {turn.tokens:>7} {turn.anew:>5} {columns:>7} {turn.seconds:>7.2f}  "
+            f"{turn.said}",
+            flush=True,
+        )
+    print(f"{right} of {count} answers are what stands on the newest frame")
 
 
 if __name__ == "__main__":

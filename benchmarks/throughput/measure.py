@@ -82,13 +82,13 @@ def warm_up(client: Client, preset: Preset, settings: Collection[float | None]) 
 def batch(preset: Preset, cell: Cell) -> dict[str, Any]:
     """The request of a cell."""
     urls = batch_pictures(preset, cell)
-    overrides: dict[str, Any] = {}
-    if preset.when == "pressure" and cell.retention == 1.0:
-        overrides = {"retention": GATE_RETENTION, "when": preset.when}
+    retention, overrides = cell.retention, {}
+    if preset.when == "pressure" and retention == 1.0:
+        retention, overrides = GATE_RETENTION, {"when": preset.when}
     return {
         "text": [prompt(len(urls[0]))] * cell.batch,
         "image_data": urls,
-        "sampling_params": sampling(preset.tokens, cell.retention, **overrides),
+        "sampling_params": sampling(preset.tokens, retention, **overrides),
     }
 
 
