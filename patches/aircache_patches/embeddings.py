@@ -13,21 +13,8 @@ from typing import Any
 from sglang.srt.managers import mm_schedule
 
 
-def flush_cache(*args: Any, **kwargs: Any) -> None:
-    """BEFORE Scheduler.flush_cache, which at its end hands freed memory back to the device.
-
-    A flush may be refused; what it has forgotten by then is computed anew.
-    """
-    forget()
-
-
 def flush_cache_after_weight_update(*args: Any, **kwargs: Any) -> None:
     """BEFORE SchedulerWeightUpdaterManager.flush_cache_after_weight_update, to which every update
     comes that has changed the weights, whether it may flush or not (`flush_cache: false`)."""
-    forget()
-
-
-def forget() -> None:
-    """Drop every vision embedding of this process."""
     if mm_schedule.embedding_cache is not None:
         mm_schedule.embedding_cache.clear()

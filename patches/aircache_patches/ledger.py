@@ -147,11 +147,6 @@ def hooks() -> list[Hook]:
             after,
         ),
         Hook(
-            srt + "managers.scheduler.Scheduler.flush_cache",
-            embeddings.flush_cache,
-            before,
-        ),
-        Hook(
             srt + "managers.scheduler_components.weight_updater"
             ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update",
             embeddings.flush_cache_after_weight_update,
