@@ -68,6 +68,7 @@ class Compressor:
         self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
         self._query_room = QUERY_ROWS
+        self._chunked: Any | None = None
         self._running: Sequence[Any] = ()
         self._admitted: Sequence[Any] = ()
         self._launch: Callable[[], None] = lambda: None
@@ -187,17 +188,20 @@ class Compressor:
         chunked: the request whose prefill goes on, or None; running: those that decode; launch:
         packs what was decided now, on the forward stream.
         """
-        self._running, self._launch = running, launch
+        self._chunked, self._running, self._launch = chunked, running, launch
         self.pressure.recount()
         self._query_room = QUERY_ROWS - (0 if chunked is None else self._query_rows(chunked))
 
     def admits(self, req: Any, admitted: Sequence[Any]) -> bool:
         """Whether the queries of a request that was matched fit beside those of the batch so far.
 
-        admitted: the requests of that batch, to which this one will be added.
+        admitted: the requests of that batch, to which this one will be added. None is while the
+        request whose prefill goes on is not among them (PrefillAdder.add_chunked_req).
         The rest waits for the next batch, in its turn. Alone every request fits.
         """
         self._admitted = admitted
+        if self._chunked is not None and self._chunked not in admitted:
+            return False
         rows = self._query_rows(req)
         if rows > self._query_room:
             return False

@@ -83,8 +83,10 @@ class Pressure:
             self._metrics.at_rung(self._records.get(row), -1)
             self._columns -= state.whole.intent.at(0).n_extra
         if req.finished():
-            if state.packs:
-                state.report = report_of(state.packs)
+            # What came with a step behind the last token has touched no token of the answer.
+            packs = [each for each in state.packs if each.packed_at < len(req.output_ids)]
+            if packs:
+                state.report = report_of(packs)
             else:
                 # Not what an earlier life had said, nor nothing where the first token was the last.
                 state.report, state.reason = state.whole.report_whole(), Reason.NO_PRESSURE
@@ -192,6 +194,7 @@ class Pressure:
 
     def _pack(self, tree: Any, candidate: Candidate, rung: int, cause: str) -> None:
         """Decide that requests are packed to a rung, and give their slots back."""
+        self._promised = None
         for row in candidate.keys:
             last = len(whole_of(self._requests[row]).intent.rungs) - 1
             self._pack_one(tree, row, min(rung, last))

@@ -76,6 +76,11 @@ def hooks() -> list[Hook]:
             after,
         ),
         Hook(
+            srt + "session.session_controller.SessionController._close",
+            sessions.close,
+            around,
+        ),
+        Hook(
             srt + "session.session_controller.Session.create_req",
             sessions.create_req,
             around,

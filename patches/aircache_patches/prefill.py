@@ -38,9 +38,11 @@ def request_slot_reserve_for_req(
 def add_one_req(
     original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """AROUND PrefillAdder.add_one_req: a batch ends where it would keep too many queries."""
-    process.compressor().pressure.recount()
-    if not process.compressor().admits(req, adder.can_run_list):
+    """AROUND PrefillAdder.add_one_req: a batch ends where it would keep too many queries, and is
+    empty while a chunk waits for its columns: SGLang counts it into every batch that there is."""
+    compressor = process.compressor()
+    compressor.pressure.recount()
+    if not compressor.admits(req, adder.can_run_list):
         return AddReqResult.OTHER
     return original(adder, req, *args, **kwargs)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_schedule
 
-from aircache_patches import process
+from aircache_patches import process, sessions
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 
 def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
     """AFTER TokenizerManager._validate_one_request: a ValueError becomes an HTTP 400."""
+    sessions.check(getattr(obj, "session_params", None))
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
         _, config = process.policy_in_force()

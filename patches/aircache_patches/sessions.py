@@ -22,6 +22,8 @@ def create_req(original: Callable[..., Any], session: Any, recv: Any, *args: Any
         for node in session.req_nodes.values():
             node.abort()
         session.req_nodes.clear()
+    if params.replace and not session.streaming and params.rid in session.req_nodes:
+        _end_below(session, session.req_nodes[params.rid])
     before = session.req_nodes.get(recv.rid)
     req = original(session, recv, *args, **kw)
     if isinstance(req.to_finish, FINISH_ABORT):
@@ -44,6 +46,56 @@ def create_req(original: Callable[..., Any], session: Any, recv: Any, *args: Any
         recv.mm_inputs = None
         req.set_finish_with_abort(str(error))
     return req
+
+
+def _end_below(session: Any, node: Any) -> None:
+    """As SessionReqNode.clear_children, which deletes a rid twice where it came twice."""
+    for child in node.children:
+        child.abort()
+        _end_below(session, child)
+        if session.req_nodes.get(child.req.rid) is child:
+            del session.req_nodes[child.req.rid]
+    node.children = []
+
+
+def close(original: Callable[..., None], controller: Any, session_id: str) -> None:
+    """AROUND SessionController._close: a turn that waits or runs keeps its pictures.
+
+    SGLang drops those of every turn, though the next chunk of one may have to embed them. Turns
+    share pictures; left alone, they go with the last of them.
+    """
+    session = controller.sessions[session_id]
+    nodes = session.req_nodes.values()
+    if not session.streaming and not all(node.req.finished() for node in nodes):
+        session.req_nodes.clear()
+    original(controller, session_id)
+
+
+def check(params: Any) -> None:
+    """Raise ValueError for `session_params` that would end the scheduler, or the request in a 500.
+
+    SGLang sends them on as they come (managers/io_struct.py, SessionParams).
+    """
+    if params is None:
+        return
+    if not isinstance(params, dict):
+        raise ValueError(f"session_params must be an object, got {params!r}")
+    for key, value in params.items():
+        kind, said = _TYPES.get(key, (None, ""))
+        if kind is None:
+            raise ValueError(f"session_params has no {key!r}; it has {', '.join(_TYPES)}")
+        # A bool is an int to Python.
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"session_params.{key} must be {said}, got {value!r}")
+
+
+_TYPES: dict[str, tuple[type, str]] = {
+    "id": (str, "a string"),
+    "rid": (str, "a string"),
+    "offset": (int, "a whole number"),
+    "replace": (bool, "true or false"),
+    "drop_previous_output": (bool, "true or false"),
+}
 
 
 def history_within(inputs: Any, length: int, *, changes: bool) -> Any:

@@ -1204,6 +1204,29 @@ def run_machine(machine: type[RuleBasedStateMachine], *, max_examples: int = 150
     )
 
 
+def test_a_pack_behind_the_last_token_is_not_reported() -> None:
+    """With overlap a step behind the last token is decided before that token is known."""
+    world = World(120, when="pressure")
+    ids, spans = pictures((30, 1))
+    req = world.run(world.submit([*ids, 7, 8, 9], spans), 2)
+    world.press(world.free_or_evictable() + 1)
+    packed_at = report(req)["packed_at"]
+    del req.output_ids[packed_at:]
+    world.finish(req)
+    assert report(req)["packed_at"] is None
+    assert state_of(req).reason is Reason.NO_PRESSURE
+
+
+def test_nobody_is_admitted_beside_a_chunk_that_waits_for_its_columns() -> None:
+    world = World(72)
+    waits, other = (world.submit(list(range(n, n + 9)), []) for n in (10, 30))
+    world.compressor.begin_batch(waits, [], lambda: None)
+    assert not world.compressor.admits(other, [])
+    assert world.compressor.admits(other, [waits])
+    world.compressor.begin_batch(None, [], lambda: None)
+    assert world.compressor.admits(other, [])
+
+
 class Scheduler(RuleBasedStateMachine):
     """Requests in any order: chunked, overlapping, retracted, aborted, declined; evictions."""
 

@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.io_struct import SessionParams
+from sglang.srt.managers.io_struct import CloseSessionReqInput, SessionParams
 from sglang.srt.managers.schedule_batch import (
     FINISH_ABORT,
     Modality,
     MultimodalDataItem,
     MultimodalInputs,
 )
-from sglang.srt.session.session_controller import Session
+from sglang.srt.session.session_controller import Session, SessionController
 
-from aircache_patches.sessions import create_req
+from aircache_patches.sessions import check, close, create_req
 
 VOCABULARY = 1000
 
@@ -141,3 +142,61 @@ def test_going_on_from_a_turn_whose_pictures_were_dropped() -> None:
     assert "whose pictures were dropped" in request.to_finish.message
     _, request = turn(opened, "c", [1, 2], rid="a", offset=1)
     assert request.to_finish is None
+
+
+def test_replace_above_a_rid_that_came_twice() -> None:
+    """The tokenizer manager refuses only the rids of requests in flight."""
+    opened = Session(1000, "session")
+    turn(opened, "a", [1, 2])
+    turn(opened, "b", [3], rid="a")
+    turn(opened, "b", [4], rid="a")
+    turn(opened, "c", [5], rid="a", replace=True)
+    assert set(opened.req_nodes) == {"a", "c"}
+
+
+def test_replace_above_a_rid_that_went_on_from_itself() -> None:
+    opened = Session(1000, "session")
+    turn(opened, "c", [1])
+    turn(opened, "a", [1, 2], rid="c")
+    turn(opened, "a", [3], rid="a")
+    turn(opened, "d", [5], rid="c", replace=True)
+    assert set(opened.req_nodes) == {"c", "d"}
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_session_that_is_closed_leaves_its_pictures_to_a_turn_that_runs(running: bool) -> None:
+    tree = SimpleNamespace(release_radix_session=lambda s: None, release_session=lambda s: None)
+    controller = SessionController(tree)
+    controller.sessions["session"] = opened = Session(1000, "session")
+    _, req = turn(opened, "a", list(range(9)))
+    items = [picture((1, 2), feature="pixels")]
+    req.multimodal_inputs = MultimodalInputs(mm_items=items)
+    req.finished = lambda: not running
+    theirs = SessionController._close
+    controller._close = lambda id_: close(theirs, controller, id_)  # type: ignore[method-assign]
+    controller.close(CloseSessionReqInput(session_id="session"))
+    assert "session" not in controller.sessions
+    assert (req.multimodal_inputs is not None) == running
+    assert (items[0].feature == "pixels") == running
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (["a"], "session_params must be an object, got ['a']"),
+        ({"offset": "x"}, "session_params.offset must be a whole number, got 'x'"),
+        ({"offset": 1.5}, "session_params.offset must be a whole number, got 1.5"),
+        ({"offset": True}, "session_params.offset must be a whole number, got True"),
+        ({"rid": ["a"]}, "session_params.rid must be a string, got ['a']"),
+        ({"replace": 1}, "session_params.replace must be true or false, got 1"),
+        ({"ofset": 1}, "session_params has no 'ofset'"),
+    ],
+)
+def test_types(params: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        check(params)
+
+
+def test_types_that_fit() -> None:
+    check(None)
+    check({"id": "s", "rid": None, "offset": 3, "replace": True, "drop_previous_output": False})
