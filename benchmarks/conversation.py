@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aircache_sglang.testing import Server
-from benchmarks.records import RESULTS, Results, Row
+from benchmarks.records import RESULTS, Results, Row, read
 from benchmarks.report import header, table
 from examples.watch import Client, Conversation, Turn, turns
 
@@ -128,10 +128,27 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
+def measure(path: Path, count: int, of_stock: int) -> None:
+    """Both conversations. One that was cut off is of no use to the next run: the file is new."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    path.unlink(missing_ok=True)
+    about = {
+        "preset": f"conversation: {count} turns, {of_stock} of stock's",
+        "model": "benchmarks/documents/checkpoint",
+        "flags": " ".join(flags(count)),
+        "url": None,
+    }
+    results = Results(path, about)
+    run(results, "bounded", count, flags(count))
+    run(results, "stock", of_stock, flags(count))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.conversation", description=(__doc__ or "").partition("\n")[0]
     )
+    parser.add_argument("action", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--turns", type=int, default=300)
     parser.add_argument("--stock-turns", type=int, default=60)
     parser.add_argument("--file", type=Path, default=RESULTS / "conversation.jsonl")
@@ -140,20 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--stock-turns must be at least 1 and at most --turns, got {arguments.stock_turns}"
         )
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A conversation has no half: what was cut off is of no use to the next run.
-    arguments.file.unlink(missing_ok=True)
-    about = {
-        "preset": f"conversation: {arguments.turns} turns, {arguments.stock_turns} of stock's",
-        "model": "benchmarks/documents/checkpoint",
-        "flags": " ".join(flags(arguments.turns)),
-        "url": None,
-    }
-    results = Results(arguments.file, about)
-    run(results, "bounded", arguments.turns, flags(arguments.turns))
-    run(results, "stock", arguments.stock_turns, flags(arguments.turns))
-    text = "\n".join([header(arguments.file, results.rows), *tables(results.rows)])
+    if arguments.action == "run":
+        measure(arguments.file, arguments.turns, arguments.stock_turns)
+    rows = read(arguments.file)
+    text = "\n".join([header(arguments.file, rows), *tables(rows)])
     arguments.file.with_suffix(".md").write_text(text)
     print(text)
     return 0
