@@ -10,6 +10,7 @@ slots are only read: they may belong to the radix tree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -246,6 +247,7 @@ def ranked(
     statistics = found.statistics if policy.global_budgets else heads.mean(found.statistics)
     scores = shared(found.scores, heads) if config.ablation.selection == "shared" else found.scores
 
+    @functools.cache
     def budgets_of(m: int) -> torch.Tensor:
         if not policy.global_budgets:
             return policy.budgets(statistics, n_visual, m)

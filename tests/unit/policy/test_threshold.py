@@ -116,11 +116,12 @@ def test_the_threshold_carries_the_most(value: Tensor, retention: float) -> None
 def test_keys_rise_with_the_scores() -> None:
     for dtype, bits in ((torch.float32, 32), (torch.float64, 64)):
         tiny = torch.finfo(dtype).tiny
-        rising = [math.nan, -math.inf, -3.0, -tiny, 0.0, tiny / 4, tiny, 0.5, 1.0, 3e38, math.inf]
+        rising = [-math.inf, -3.0, -tiny, 0.0, tiny / 4, tiny, 0.5, 1.0, 3e38, math.inf]
         keys = [key % 2**bits for key in ordered_keys(torch.tensor(rising, dtype=dtype)).tolist()]
         assert keys == sorted(set(keys))
-        zero, negative = ordered_keys(torch.tensor([0.0, -0.0], dtype=dtype)).tolist()
-        assert zero == negative
+        for pair in ([0.0, -0.0], [math.nan, -math.inf], [-math.nan, math.nan]):
+            one, other = ordered_keys(torch.tensor(pair, dtype=dtype)).tolist()
+            assert one == other
 
 
 def test_poisoned_scores_still_fill_the_columns() -> None:
