@@ -30,7 +30,7 @@ POLICIES = (
     "streaming",
     "vlcache",
 )
-BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid")
+BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid", "global")
 ELITE_MODES = ("per-head", "shared")
 REUSE_MODES = ("exact", "compressed")
 GATE_MODES = ("auto", "off")
@@ -190,7 +190,7 @@ class AirCacheConfig:
         so much of the elite attention, and everything if none does (per request only).
     alpha: relevance threshold of eq. 5, 0 <= alpha <= 1.
     budget: what splits the columns over the layers (paper table 5): `aircache` (eq. 11), `uniform`,
-        `strength` or `skewness` alone, `pyramid`.
+        `strength` or `skewness` alone, `pyramid`; `global`, one threshold for all layers.
     window: the observation window (paper table 5): `elite`, `all` text tokens, `last-N`, or the
         `visual-N` last visual tokens. `snapkv` and `pyramidkv` take `last-N` alone and have
         `last-32` and `last-8` of their own.

@@ -16,8 +16,8 @@ class TensorParallelHeads:
 
     def __init__(self, group: Any, n_kv_heads: int) -> None:
         self._group = group
-        self._size = int(group.world_size)
-        self._replicas = max(1, self._size // n_kv_heads)
+        self.ranks = int(group.world_size)
+        self._replicas = max(1, self.ranks // n_kv_heads)
 
     def check_same(self, value: object) -> None:
         """Called once by every rank, at the start. Raises RuntimeError unless all bring one value.
@@ -25,9 +25,9 @@ class TensorParallelHeads:
         What is decided about a request follows from what the scheduler broadcasts and from this
         (`Compressor.decline`); on several machines each has flags of its own.
         """
-        if self._size == 1:
+        if self.ranks == 1:
             return
-        found = [""] * self._size
+        found = [""] * self.ranks
         torch.distributed.all_gather_object(found, repr(value), group=self._group.cpu_group)
         if len(set(found)) > 1:
             raise RuntimeError(
@@ -37,22 +37,26 @@ class TensorParallelHeads:
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over ranks of equally many heads each; an all-reduce leaves identical copies."""
-        if self._size == 1:
+        return tensor if self.ranks == 1 else self.total(tensor) / self.ranks
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks; a replicated head counts as often as it is held."""
+        if self.ranks == 1:
             return tensor
         total = tensor.clone()
         torch.distributed.all_reduce(total, group=self._group.device_group)
-        return total / self._size
+        return total
 
     def first(self, n_local: int) -> int:
         """Which of the model's KV heads is this rank's first, where a rank holds `n_local`."""
-        if self._size == 1:
+        if self.ranks == 1:
             return 0
         return int(self._group.rank_in_group) // self._replicas * n_local
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """[H_local, N] of each rank to [H_kv, N] on every rank."""
-        if self._size == 1:
+        if self.ranks == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self._size)]
+        parts = [torch.empty_like(tensor) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, tensor.contiguous(), group=self._group.device_group)
         return torch.cat(parts[:: self._replicas])

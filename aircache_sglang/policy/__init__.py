@@ -41,6 +41,7 @@ from aircache_sglang.policy.random import Random
 from aircache_sglang.policy.registry import get_policy, policy_names, register_policy
 from aircache_sglang.policy.snapkv import SnapKV
 from aircache_sglang.policy.streaming import Streaming
+from aircache_sglang.policy.threshold import global_counts
 from aircache_sglang.policy.validation import validate_alpha, validate_retention
 from aircache_sglang.policy.vlcache import VLCache
 
@@ -64,6 +65,7 @@ __all__ = [
     "elite_mask",
     "elite_mask_batched",
     "get_policy",
+    "global_counts",
     "head_mean_statistics",
     "importance",
     "importance_batched",

@@ -28,7 +28,7 @@ class AirCache(Policy):
     Args:
         alpha: relevance threshold of eq. 5, in [0, 1].
         elite: "per-head" or "shared"; see `elite_mask`.
-        budget: "aircache", "uniform", "strength", "skewness" or "pyramid"; see `layer_shares`.
+        budget: one of BUDGET_MODES; see `layer_shares`.
         window: at most so many last instruction tokens are looked at.
         visual: if above 0, the window is so many last visual tokens instead (table 5).
     """
@@ -52,6 +52,10 @@ class AirCache(Policy):
     def visual_window(self) -> int:
         return self.visual
 
+    @property
+    def global_budgets(self) -> bool:
+        return self.budget == "global"
+
     def score(self, states: States) -> Tensor:
         if self.visual:
             return visual_window_attention(states)
@@ -67,6 +71,8 @@ class AirCache(Policy):
         )
 
     def statistics(self, states: States, scores: Tensor) -> Tensor:
+        if self.global_budgets:
+            return super().statistics(states, scores)
         return head_mean_statistics(scores)
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:

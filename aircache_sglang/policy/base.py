@@ -56,6 +56,9 @@ class Policy(ABC):
     shares_selection: all KV heads of a layer keep the same tokens: the engine puts the mean over
         heads and ranks in the place of `score`'s result before anything else looks at it.
     visual_window: it looks at the queries of so many last visual tokens.
+    global_budgets: budgets come from one threshold for all layers, heads and ranks: the engine puts
+        `global_counts` of the L * H_kv * m highest scores, float64 [1, L], in the place of the
+        statistics.
     """
 
     name: ClassVar[str]
@@ -66,6 +69,10 @@ class Policy(ABC):
     @property
     def visual_window(self) -> int:
         return 0
+
+    @property
+    def global_budgets(self) -> bool:
+        return False
 
     @abstractmethod
     def score(self, states: States) -> Tensor:

@@ -13,7 +13,10 @@ from aircache_sglang.policy.validation import (
     validate_retention,
 )
 
-BUDGET_MODES: tuple[str, ...] = ("aircache", "uniform", "strength", "skewness", "pyramid")
+BUDGET_MODES: tuple[str, ...] = (
+    *("aircache", "uniform", "strength", "skewness", "pyramid"),
+    "global",
+)
 # PyramidKV's beta: the last layer gets 1 / PYRAMID of the average
 PYRAMID = 20
 
@@ -55,14 +58,15 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
     s' = s / mean_l s, and 1 in every layer where all s are 0. NaN and infinity count as 0.
 
     Args:
-        statistics: [2, L] from `head_mean_statistics`, averaged over ranks.
+        statistics: [2, L] from `head_mean_statistics`, averaged over ranks; for "global" [1, L]
+            of `global_counts`.
         budget: "aircache" is (s_t' + s_k') / 2; "strength" is s_t', "skewness" is s_k',
-            "uniform" is 1 and "pyramid" is `pyramid_shares` (table 5).
+            "uniform" is 1 and "pyramid" is `pyramid_shares` (table 5); "global" is the counts.
     Returns:
         float64 [L], not negative. No host sync.
     """
     one_of("budget", budget, BUDGET_MODES)
-    tensor_of("statistics", statistics, (2, "L"))
+    tensor_of("statistics", statistics, (1 if budget == "global" else 2, "L"))
     stats = statistics.to(torch.float64)
     stats = torch.nan_to_num(stats, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
     if budget == "uniform":
@@ -75,7 +79,7 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
     normalised = scaled / scaled.mean(dim=1, keepdim=True)
     if budget == "aircache":
         return normalised.mean(dim=0)
-    return normalised[0 if budget == "strength" else 1]
+    return normalised[1 if budget == "skewness" else 0]
 
 
 def pyramid_shares(like: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ def layer_budgets_from_statistics(
     """`layer_budgets` from statistics that may have been averaged over tensor-parallel ranks.
 
     Args:
-        statistics: [2, L] from `head_mean_statistics`.
+        statistics: see `layer_shares`.
         n_visual: N_v.
         m: columns to fill, 1 <= m <= N_v; see `columns`.
         budget: see `layer_shares`.

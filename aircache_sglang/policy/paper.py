@@ -21,6 +21,7 @@ from aircache_sglang.policy.budget import (
     select_padded,
 )
 from aircache_sglang.policy.importance import elite_mask_batched, importance_batched
+from aircache_sglang.policy.threshold import global_counts
 from aircache_sglang.policy.validation import tensor_of
 
 
@@ -140,9 +141,12 @@ def layer_budgets(importance: Tensor, retention: float, *, budget: str = "aircac
     Raises:
         ValueError: a shape, dtype or value is not as above.
     """
-    statistics = head_mean_statistics(importance)
-    n_visual = importance.shape[2]
+    n_layers, n_kv, n_visual = tensor_of("importance", importance, ("L", "H_kv", "N_v")).shape
     m = columns(retention, n_visual)
+    if budget == "global":
+        statistics = global_counts(importance, n_layers * n_kv * m)[None]
+    else:
+        statistics = head_mean_statistics(importance)
     return layer_budgets_from_statistics(statistics, n_visual, m, budget=budget)
 
 

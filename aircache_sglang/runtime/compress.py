@@ -10,6 +10,7 @@ slots are only read: they may belong to the radix tree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from aircache_sglang.policy import (
     Policy,
     States,
     columns,
+    global_counts,
     importance_batched,
     merge_dropped,
     select_padded,
@@ -37,10 +39,15 @@ GATHER_BYTES = 64 << 20
 
 
 class HeadGroup(Protocol):
-    """The ranks that hold the heads of one model between them."""
+    """The ranks that hold the heads of one model between them, as many each."""
+
+    ranks: int
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, the same on each."""
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, the same on each."""
 
     def first(self, n_local: int) -> int:
         """Which of the model's KV heads is this rank's first, where a rank holds `n_local`."""
@@ -236,11 +243,18 @@ def ranked(
 ) -> tuple[torch.Tensor, Callable[[int], torch.Tensor]]:
     """The tokens by rank, int64 [L, H_kv, N_v], and the budgets, int64 [L], of m columns."""
     config, n_visual = record.intent.config, record.intent.prompt.n_visual
-    policy, statistics = policy_of(config), heads.mean(found.statistics)
+    policy = policy_of(config)
+    statistics = found.statistics if policy.global_budgets else heads.mean(found.statistics)
     scores = shared(found.scores, heads) if config.ablation.selection == "shared" else found.scores
 
+    @functools.cache
     def budgets_of(m: int) -> torch.Tensor:
-        return policy.budgets(statistics, n_visual, m)
+        if not policy.global_budgets:
+            return policy.budgets(statistics, n_visual, m)
+        n_layers, n_kv, _ = found.scores.shape
+        cells = n_layers * n_kv * heads.ranks * m
+        counts = global_counts(found.scores, cells, heads.total)
+        return policy.budgets(counts[None], n_visual, m)
 
     order = select_padded(scores, budgets_of(record.intent.columns))
     return order.roll(-config.ablation.rank, dims=-1), budgets_of

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from aircache_kernels import (
+    global_budgets,
     importance_statistics,
     lay_out_rows,
     layer_budgets,
@@ -106,10 +107,11 @@ class KernelPass:
         """Scores in Triton; the order and the rungs' budgets, request by request, in torch."""
         for group in self._groups(jobs, self.torch_pass.rank):
             found = self._judge(group)
+            statistics = self._statistics(group, found[0])
             for i, (first, last) in enumerate(itertools.pairwise(indptr(group.kv_lens))):
                 record = group.records[i]
-                scores, weights = (part[:, :, first:last] for part in (found[0], found[1]))
-                judgement = Judgement(scores.contiguous(), found[2][i], weights.contiguous())
+                scores, weights = (part[:, :, first:last].contiguous() for part in found)
+                judgement = Judgement(scores, statistics[i], weights)
                 record.ladder = ladder(judgement, record, self.inputs.heads)
 
     def _groups(
@@ -127,28 +129,49 @@ class KernelPass:
         for members in groups.values():
             yield Group(members, self.inputs.k_all.device)
 
-    def _judge(self, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Importance, and that of `visual_mass`, each float32 [L, H_kv, sum N_v], and statistics,
-        float64 [B, 2, L]."""
+    def _judge(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Importance, and that of `visual_mass`, each float32 [L, H_kv, sum N_v]."""
         importance = self._score(group, 0, group.config.scoring_window()[1])
         weights = importance
         if len(group.windows) > 1:
             weights = self._score(group, 1, group.config.alpha)
-        statistics = importance_statistics(importance, group.kv_indptr, max_kv_len=group.most)
-        return importance, weights, statistics
+        return importance, weights
 
-    def _compress(self, group: Group) -> None:
-        inputs = self.inputs
-        importance, weights, statistics = self._judge(group)
-        budgets, cell_offset = layer_budgets(
-            inputs.heads.mean(statistics),
+    def _statistics(self, group: Group, importance: torch.Tensor) -> torch.Tensor:
+        """float64 [B, 2, L], or [B, 0, L] where budgets need none."""
+        if group.config.budget == "global":
+            size = (len(group.jobs), 0, len(importance))
+            return torch.empty(size, dtype=torch.float64, device=importance.device)
+        return importance_statistics(importance, group.kv_indptr, max_kv_len=group.most)
+
+    def _budgets(self, group: Group, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Budgets int32 [B, L] and their prefix sums, which go to the table too."""
+        heads, offsets = self.inputs.heads, self.inputs.table.cell_offset
+        if group.config.budget == "global":
+            return global_budgets(
+                importance,
+                group.kv_indptr,
+                group.columns,
+                max_kv_len=group.most,
+                ranks=heads.ranks,
+                total=heads.total,
+                cell_offset=offsets,
+                req_pool_indices=group.rows,
+            )
+        return layer_budgets(
+            heads.mean(self._statistics(group, importance)),
             group.kv_indptr,
             group.columns,
             budget=group.config.budget,
-            cell_offset=inputs.table.cell_offset,
+            cell_offset=offsets,
             req_pool_indices=group.rows,
         )
-        masses = statistics.new_empty(len(group.jobs), *importance.shape[:2])
+
+    def _compress(self, group: Group) -> None:
+        inputs = self.inputs
+        importance, weights = self._judge(group)
+        budgets, cell_offset = self._budgets(group, importance)
+        masses = importance.new_empty((len(group.jobs), *importance.shape[:2]), dtype=torch.float64)
         selected = select(
             importance,
             group.kv_indptr,

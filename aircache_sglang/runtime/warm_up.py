@@ -37,6 +37,7 @@ SETTINGS: tuple[dict[str, str], ...] = (
     {"elite": "shared", "budget": "uniform"},
     {"budget": "strength"},
     {"budget": "skewness"},
+    {"budget": "global"},
 )
 # Sizes at which the pass is timed: visual tokens, instruction tokens, retention.
 SMALL, LARGE = 1024, 4096

@@ -15,6 +15,7 @@ from benchmarks.quality import metrics
 from benchmarks.quality.grid import read
 from benchmarks.quality.scores import Scores, difference
 from benchmarks.quality.settings import (
+    ALL_BUDGETS,
     ALPHAS,
     AUDIENCES,
     BUDGETS,
@@ -272,7 +273,7 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
         ),
         (
             *("Layer budgets (table 5)", "table5", "budget "),
-            settings(BUDGETS, lambda b, r: Setting.of("aircache", r, budget=b)),
+            settings(ALL_BUDGETS, lambda b, r: Setting.of("aircache", r, budget=b)),
         ),
         (
             *("Share merged instead of dropped (table 11)", "table11", ""),

@@ -21,7 +21,8 @@ ALPHAS = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 MERGED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")  # the paper's
 SHORT_WINDOWS = ("last-1", "last-5")
-BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")
+BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")  # the paper's
+ALL_BUDGETS = (*BUDGETS, "global")
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compares
 ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
@@ -167,6 +168,9 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
         return full + [Setting.of("snapkv", r, **rare(kernel=k)) for r in shares for k in POOLS]
     if name == "table12":
         return full + [Setting.of("aircache", r, alpha=a) for r in low for a in ALPHAS]
+    if name == "budget":
+        shares = retentions or RETENTIONS[1:]
+        return full + [Setting.of("aircache", r, budget=b) for r in shares for b in ALL_BUDGETS]
     if name == "table13":
         return full + [
             Setting.of("aircache", r, budget=b)
@@ -190,6 +194,7 @@ GRIDS = {
     "table11": "merging a share of what is dropped into the nearest kept tokens",
     "similar": "table 11 with the most similar kept keys",
     "table12": "the relevance threshold alpha",
+    "budget": "layer budgets, the paper's and from one threshold",
     "table13": "how far the layer budgets lie apart",
     "figure4": "one visual token a layer, by its rank",
     "pooling": "SnapKV with and without its pool",

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from aircache_kernels.scoring import score
     from aircache_kernels.selection import select
     from aircache_kernels.tables import Tables
+    from aircache_kernels.threshold import global_budgets
 
 _HOME = {
     "Tables": "tables",
     "score": "scoring",
     "importance_statistics": "budgets",
     "layer_budgets": "budgets",
+    "global_budgets": "threshold",
     "select": "selection",
     "pack": "packing",
     "lay_out_rows": "rows",
@@ -43,6 +45,7 @@ __all__ = [
     "score",
     "importance_statistics",
     "layer_budgets",
+    "global_budgets",
     "select",
     "pack",
     "lay_out_rows",

@@ -96,31 +96,11 @@ def _filled(level, share, inside, cap):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _budgets_fwd_kernel(  # type: ignore[no-untyped-def]
-    statistics, kv_indptr, columns, req_pool_indices, budgets, offsets, table, n_layers,
-    MODE: tl.constexpr, HAS_TABLE: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """grid (B,)"""
-    b = tl.program_id(0)
-    l = tl.arange(0, BLOCK_L)
-    inside = l < n_layers
-    n_visual = tl.load(kv_indptr + b + 1) - tl.load(kv_indptr + b)
-    m = tl.minimum(tl.maximum(tl.load(columns + b), 1), tl.maximum(n_visual, 1))
+def whole_budgets(share, l, inside, columns, n_visual, n_layers):  # type: ignore[no-untyped-def]
+    """Cells of each layer in proportion to float64 shares, between 1 and N_v, sum L * m."""
+    m = tl.minimum(tl.maximum(columns, 1), tl.maximum(n_visual, 1))
     total = m * n_layers
     cap = tl.maximum(n_visual, 1).to(tl.float64)
-    first = tl.load(statistics + b * 2 * n_layers + l, mask=inside, other=0.0).to(tl.float64)
-    second = tl.load(statistics + (b * 2 + 1) * n_layers + l, mask=inside, other=0.0)
-    first = _normalised(first, inside, n_layers)
-    second = _normalised(second.to(tl.float64), inside, n_layers)
-    if MODE == "aircache":
-        share = (first + second) / 2.0
-    elif MODE == "strength":
-        share = first
-    elif MODE == "skewness":
-        share = second
-    else:
-        share = tl.where(inside, 1.0, 0.0).to(tl.float64)
-
     # find the water level x at which the quotas clamp(x * share, 1, cap) add up to total
     share = share / tl.max(share, 0)
     some = inside & (share > 1e-100)
@@ -160,7 +140,15 @@ def _budgets_fwd_kernel(  # type: ignore[no-untyped-def]
         (fraction[None, :] == fraction[:, None]) & (l[None, :] < l[:, None])
     )
     rank = tl.sum((ahead & inside[None, :]).to(tl.int32), 1)
-    cells += tl.where(inside & (rank < total - tl.sum(cells, 0)), 1, 0)
+    return cells + tl.where(inside & (rank < total - tl.sum(cells, 0)), 1, 0)
+
+
+@triton.jit
+def store_budgets(  # type: ignore[no-untyped-def]
+    cells, l, inside, b, n_layers, req_pool_indices, budgets, offsets, table,
+    HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """Budgets of request b, their prefix sums, and these in its row of the table."""
     end = tl.cumsum(cells, 0)
     tl.store(budgets + b * n_layers + l, cells, mask=inside)
     row = offsets + b * (n_layers + 1)
@@ -171,6 +159,34 @@ def _budgets_fwd_kernel(  # type: ignore[no-untyped-def]
         row = table + request * (n_layers + 1)
         tl.store(row + 1 + l, end, mask=inside)
         tl.store(row + l, end - cells, mask=l == 0)
+
+
+@triton.jit
+def _budgets_fwd_kernel(  # type: ignore[no-untyped-def]
+    statistics, kv_indptr, columns, req_pool_indices, budgets, offsets, table, n_layers,
+    MODE: tl.constexpr, HAS_TABLE: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """grid (B,)"""
+    b = tl.program_id(0)
+    l = tl.arange(0, BLOCK_L)
+    inside = l < n_layers
+    n_visual = tl.load(kv_indptr + b + 1) - tl.load(kv_indptr + b)
+    first = tl.load(statistics + b * 2 * n_layers + l, mask=inside, other=0.0).to(tl.float64)
+    second = tl.load(statistics + (b * 2 + 1) * n_layers + l, mask=inside, other=0.0)
+    first = _normalised(first, inside, n_layers)
+    second = _normalised(second.to(tl.float64), inside, n_layers)
+    if MODE == "aircache":
+        share = (first + second) / 2.0
+    elif MODE == "strength":
+        share = first
+    elif MODE == "skewness":
+        share = second
+    else:
+        share = tl.where(inside, 1.0, 0.0).to(tl.float64)
+    cells = whole_budgets(share, l, inside, tl.load(columns + b), n_visual, n_layers)
+    store_budgets(
+        cells, l, inside, b, n_layers, req_pool_indices, budgets, offsets, table, HAS_TABLE
+    )
 
 
 # scores whose range is below this share of the largest one differ by float32 rounding alone
@@ -241,12 +257,7 @@ def layer_budgets(
     check.tensor_of("columns", columns, (batch,), torch.int32, device)
     check.contiguous("columns", columns)
     check.one_of("budget", budget, BUDGET_MODES)
-    if (cell_offset is None) != (req_pool_indices is None):
-        raise ValueError("cell_offset and req_pool_indices must be given together")
-    if cell_offset is not None and req_pool_indices is not None:
-        check.tensor_of("cell_offset", cell_offset, ("R", n_layers + 1), torch.int32, device)
-        check.contiguous("cell_offset", cell_offset)
-        check.index_vector("req_pool_indices", req_pool_indices, batch, device)
+    check.table_rows(cell_offset, req_pool_indices, n_layers, batch, device)
     budgets = torch.empty(batch, n_layers, dtype=torch.int32, device=device)
     offsets = torch.empty(batch, n_layers + 1, dtype=torch.int32, device=device)
     _budgets_fwd_kernel[(batch,)](

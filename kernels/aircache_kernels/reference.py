@@ -126,6 +126,25 @@ def budgets_reference(
     return torch.tensor(rows, dtype=torch.int32, device=statistics.device)
 
 
+def global_budgets_reference(
+    importance: Tensor, kv_indptr: Tensor, columns: Tensor, *, ranks: int = 1
+) -> Tensor:
+    """Budgets by one threshold a request, int32 [B, L]: its scores sorted, ties shared out.
+
+    importance holds the heads of all ranks.
+    """
+    n_layers, n_kv, _ = importance.shape
+    rows = []
+    for (start, end), m in zip(pairwise(kv_indptr.tolist()), columns.tolist(), strict=True):
+        scores = importance[:, :, start:end].flatten(1).nan_to_num(nan=-math.inf)
+        lowest = scores.flatten().sort(descending=True).values[n_layers * n_kv * m - 1]
+        above, ties = (scores > lowest).sum(1), (scores == lowest).sum(1)
+        shares = above + (n_layers * n_kv * m - above.sum()) * ties / ties.sum()
+        counts = shares.double().tolist()
+        rows.append(_request_budgets([counts, counts], end - start, m, "strength"))
+    return torch.tensor(rows, dtype=torch.int32, device=importance.device)
+
+
 def _request_budgets(stats: list[list[float]], n_visual: int, m: int, budget: str) -> list[int]:
     n_layers = len(stats[0])
     strength, skewness = (_over_mean(row) for row in stats)

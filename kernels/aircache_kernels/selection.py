@@ -21,7 +21,7 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _ordered_key(score, inside):  # type: ignore[no-untyped-def]
+def ordered_key(score, inside):  # type: ignore[no-untyped-def]
     """uint32 that rises with the float32 score; NaN is least, -0.0 equals 0.0."""
     score = tl.where(score == 0.0, 0.0, score)
     bits = score.to(tl.uint32, bitcast=True)
@@ -41,7 +41,7 @@ def _radix_step(  # type: ignore[no-untyped-def]
     counts = tl.zeros([256], dtype=tl.int32)
     for v0 in range(0, n_visual, BLOCK):
         v = v0 + lanes
-        key = _ordered_key(tl.load(scores + v, mask=v < n_visual, other=0.0), v < n_visual)
+        key = ordered_key(tl.load(scores + v, mask=v < n_visual, other=0.0), v < n_visual)
         match = (v < n_visual) & ((key & settled) == threshold)
         digit = tl.where(match, ((key >> SHIFT) & 255).to(tl.int32), 0)
         # what does not match is counted in bin 0 and taken off again
@@ -86,7 +86,7 @@ def _select_fwd_kernel(  # type: ignore[no-untyped-def]
     out = selected + head * stride_sh + columns_before * n_layers + offset
     for v0 in range(0, n_visual, BLOCK):
         v = v0 + lanes
-        key = _ordered_key(tl.load(scores + v, mask=v < n_visual, other=0.0), v < n_visual)
+        key = ordered_key(tl.load(scores + v, mask=v < n_visual, other=0.0), v < n_visual)
         tie = (v < n_visual) & (key == threshold)
         tie_rank = ties + tl.cumsum(tie.to(tl.int32), 0) - 1
         keep = ((v < n_visual) & (key > threshold)) | (tie & (tie_rank < remaining))

@@ -60,6 +60,22 @@ def index_vector(name: str, value: Tensor, size: int | str, device: torch.device
     contiguous(name, value)
 
 
+def table_rows(
+    cell_offset: Tensor | None,
+    req_pool_indices: Tensor | None,
+    n_layers: int,
+    batch: int,
+    device: torch.device,
+) -> None:
+    """The compression table and the rows of it that are to be written, or neither."""
+    if (cell_offset is None) != (req_pool_indices is None):
+        raise ValueError("cell_offset and req_pool_indices must be given together")
+    if cell_offset is not None and req_pool_indices is not None:
+        tensor_of("cell_offset", cell_offset, ("R", n_layers + 1), torch.int32, device)
+        contiguous("cell_offset", cell_offset)
+        index_vector("req_pool_indices", req_pool_indices, batch, device)
+
+
 def pool_of(k_all: Tensor, v_all: Tensor | None = None) -> tuple[int, int, int, int]:
     """Validated (L, rows, H_kv, D) of the KV pool."""
     tensor_of("k_all", k_all, ("L", "rows", "H_kv", "D"), KV_DTYPES)

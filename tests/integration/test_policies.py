@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "visual window": {"window": "visual-32"},
     "pyramid": {"budget": "pyramid"},
+    "global": {"budget": "global"},
     "shared selection": {"ablation": {"selection": "shared"}},
     "text too": {"ablation": {"audience": "all"}},
     "text too, last-16": {"window": "last-16", "ablation": {"audience": "all"}},
@@ -82,6 +83,9 @@ def test_every_policy_serves(answers: dict[str, Any], oracle: Oracle, name: str)
             scores = mean
         statistics = chosen.statistics(states, scores)
         n_visual, m = len(trace.audience), report["columns"]
+        if chosen.global_budgets:
+            cells = scores.shape[0] * scores.shape[1] * m
+            statistics = policy.global_counts(scores, cells)[None]
         if config.ablation.selection == "shared":
             scores = mean
         assert_keeps_the_best(report, scores, chosen.budgets(statistics, n_visual, m).tolist())

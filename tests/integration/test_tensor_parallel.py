@@ -35,19 +35,21 @@ PROMPTS = {
 }
 
 
+@pytest.mark.parametrize("budget", ["aircache", "global"])
 @pytest.mark.parametrize("retention", [0.5, 0.1])
 @pytest.mark.parametrize("shape", PROMPTS)
 def test_logprobs_selection_and_budgets(
-    parallel_server: Server, oracle: Oracle, shape: str, retention: float
+    parallel_server: Server, oracle: Oracle, shape: str, retention: float, budget: str
 ) -> None:
+    """The budgets are those that Transformers' scores of all heads give on one rank."""
     prompt = PROMPTS[shape]
-    overrides = {"retention": retention, "return_selection": True}
+    overrides = {"retention": retention, "budget": budget, "return_selection": True}
     answer = ask(parallel_server, prompt, overrides, max_new_tokens=20)
     report = answer["meta_info"]["aircache"]
     assert [len(heads) for heads in report["selection"]] == [2] * 4
     assert len(set(report["layer_budgets"])) > 1, "this test needs uneven budgets"
     assert any(first != second for first, second in report["selection"])
-    assert_policy_agrees(assert_agrees(oracle, prompt, answer), report)
+    assert_policy_agrees(assert_agrees(oracle, prompt, answer), report, budget=budget)
 
 
 def test_ranks_share_one_selection(parallel_server: Server, oracle: Oracle) -> None:

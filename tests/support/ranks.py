@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from aircache_sglang.engine.heads import TensorParallelHeads
+from aircache_sglang.policy import global_counts
 
 RANKS = 2
 
 
 def in_a_group(rank: int, file: str, results: Any) -> None:
-    """What `check_same` says of equal and of unequal settings, and the bits of a few means."""
+    """What `check_same` says of equal and of unequal settings, the bits of a few means, and what
+    of the highest scores each of 5 layers has."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS
@@ -35,5 +37,13 @@ def in_a_group(rank: int, file: str, results: Any) -> None:
         heads.mean(torch.rand(size, dtype=torch.float64, generator=numbers)).tolist()
         for size in (1, 7, 6, 5000)
     ]
-    results[rank] = (said, means)
+    scores = torch.rand((5, 2 * RANKS, 77), generator=torch.Generator().manual_seed(9))
+    scores = (scores * 50).round() / 50  # ties
+    counts = [
+        global_counts(scores[:, 2 * rank :][:, :2], cells, heads.total).tolist()
+        for cells in (5 * 4, 5 * 4 * 9, 5 * 4 * 77)
+    ]
+    alone = [global_counts(scores, cells).tolist() for cells in (5 * 4, 5 * 4 * 9, 5 * 4 * 77)]
+    assert counts == alone, "to the bit what one rank counts"
+    results[rank] = (said, means, counts)
     torch.distributed.destroy_process_group()

@@ -26,6 +26,7 @@ from aircache_kernels import (
     build_flashinfer_tables,
     decode_attention,
     extend_attention,
+    global_budgets,
     importance_statistics,
     launch,
     lay_out_rows,
@@ -155,6 +156,10 @@ def pass_kernels(shape: Shape, dtype: torch.dtype, kv_dtype: torch.dtype, elite:
             statistics, case.kv_indptr, columns, budget=budget,
             cell_offset=table, req_pool_indices=columns,
         )  # fmt: skip
+    global_budgets(
+        importance, case.kv_indptr, columns, max_kv_len=most,
+        cell_offset=table, req_pool_indices=columns,
+    )  # fmt: skip
     selected = select(
         importance, case.kv_indptr, offsets, prefix([1], device),
         total_columns=1, max_kv_len=most,

@@ -34,7 +34,12 @@ L, H_KV, H_Q, D, ROWS, CONTEXT = 3, 2, 6, 16, 700, 256
 class OneRank:
     """A tensor-parallel group of one."""
 
+    ranks = 1
+
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def first(self, n_local: int) -> int:
@@ -110,6 +115,7 @@ MIXED = (
     dataclasses.replace(SAME, retention=0.5, window="last-3", budget="strength"),
     dataclasses.replace(SAME, alpha=0.3, elite="shared"),
 )
+GLOBAL = dataclasses.replace(SAME, budget="global")
 
 
 KV_DTYPES = pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
@@ -125,7 +131,9 @@ PEERS = (
 
 @KV_DTYPES
 @pytest.mark.parametrize(
-    "configs", [(SAME, SAME, SAME), MIXED, PEERS], ids=["one group", "groups", "peers"]
+    "configs",
+    [(SAME, SAME, SAME), (GLOBAL, GLOBAL, SAME), MIXED, PEERS],
+    ids=["one group", "global", "groups", "peers"],
 )
 def test_passes_agree(
     configs: tuple[AirCacheConfig, ...], kv_dtype: torch.dtype, device: torch.device
@@ -152,8 +160,9 @@ PRESSURE = dataclasses.replace(SAME, when="pressure", rungs=(0.6, 0.3, 0.2))
         (PRESSURE, PRESSURE, PRESSURE),
         (PRESSURE, dataclasses.replace(PRESSURE, window="last-3"), PRESSURE),
         (PRESSURE, dataclasses.replace(PRESSURE, policy="snapkv"), PRESSURE),
+        (dataclasses.replace(PRESSURE, budget="global"),) * 3,
     ],
-    ids=["one group", "groups", "peers"],
+    ids=["one group", "groups", "peers", "global"],
 )
 def test_ladders_agree(configs: tuple[AirCacheConfig, ...], device: torch.device) -> None:
     """What is packed later is ranked alike, and ranking touches neither pool nor table."""
@@ -196,20 +205,27 @@ class Work(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-KERNELS = ("score", "importance_statistics", "layer_budgets", "select", "pack", "lay_out_rows")
+KERNELS = (
+    *("score", "importance_statistics", "layer_budgets", "global_budgets", "select", "pack"),
+    "lay_out_rows",
+)
 
 
 @on_cpu
 @pytest.mark.parametrize(("n_requests", "n_layers"), [(1, 2), (3, 5)])
+@pytest.mark.parametrize(("budget", "n_kernels"), [("aircache", 8), ("global", 10)])
 def test_work_of_the_served_pass(
-    n_requests: int, n_layers: int, monkeypatch: pytest.MonkeyPatch
+    n_requests: int, n_layers: int, budget: str, n_kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 kernels, one transfer and 5 operations, none of which waits, whatever L and B are.
+
+    Budgets from one threshold take 2 kernels more.
 
     On a GPU the budgets and the mass are copied to pinned memory besides, which is no operation on
     a CPU.
     """
-    side = build([dataclasses.replace(SAME, return_selection=False)] * 3, n_layers=n_layers)
+    config = dataclasses.replace(SAME, return_selection=False, budget=budget)
+    side = build([config] * 3, n_layers=n_layers)
     buffer, first = torch.cat([job.q for job in side.jobs], dim=1), 0
     jobs = []
     for job in side.jobs[:n_requests]:
@@ -236,7 +252,7 @@ def test_work_of_the_served_pass(
     run = KernelPass(side.inputs)
     with work:
         run(jobs)
-    assert len(seen) == 8
+    assert len(seen) == n_kernels
     # Slots of visual, instruction and columns, and of the text between pictures.
     assert sorted(work.names) == ["cat"] * 4 + ["mean"]
     assert brought == [torch.int32]

@@ -91,10 +91,10 @@ def test_names() -> None:
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels of the pass launched from here on."""
-    from aircache_kernels import budgets, packing, rows, scoring, selection
+    from aircache_kernels import budgets, packing, rows, scoring, selection, threshold
 
     seen: list[str] = []
-    for module in (scoring, budgets, selection, packing, rows):
+    for module in (scoring, budgets, threshold, selection, packing, rows):
         for name in [name for name in vars(module) if name.endswith("_fwd_kernel")]:
             kernel = getattr(module, name)
 

@@ -156,7 +156,24 @@ def largest_remainder(weights: Vector, total: int, cap: int) -> list[int]:
 def layer_budgets(scores: list[list[Vector]], retention: float, budget: str) -> list[int]:
     n_visual = len(scores[0][0])
     m = min(n_visual, max(1, round(retention * n_visual)))
+    if budget == "global":
+        return global_budgets(scores, m)
     return largest_remainder(shares(scores, budget), m * len(scores), n_visual)
+
+
+def global_counts(scores: list[list[Vector]], m: int) -> list[Fraction]:
+    """Of the L * H * m highest scores, those of each layer; the lowest of them in equal shares."""
+    cells = m * len(scores) * len(scores[0])
+    lowest = sorted((x for layer in scores for row in layer for x in row), reverse=True)[cells - 1]
+    above = [sum(x > lowest for row in layer for x in row) for layer in scores]
+    ties = [sum(x == lowest for row in layer for x in row) for layer in scores]
+    share = Fraction(cells - sum(above), sum(ties))
+    return [a + share * t for a, t in zip(above, ties, strict=True)]
+
+
+def global_budgets(scores: list[list[Vector]], m: int) -> list[int]:
+    counts = [float(count) for count in global_counts(scores, m)]
+    return largest_remainder(counts, m * len(scores), len(scores[0][0]))
 
 
 def select(scores: list[list[Vector]], budgets: list[int]) -> list[list[list[int]]]:

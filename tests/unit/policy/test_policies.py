@@ -24,6 +24,7 @@ from aircache_sglang.policy import (
     columns,
     elite_mask_batched,
     get_policy,
+    global_counts,
     head_mean_statistics,
     importance_batched,
     layer_budgets,
@@ -123,10 +124,21 @@ def part_of(whole: States, layers: slice, heads: slice) -> States:
     )
 
 
+def budgets_of(
+    policy: Policy, statistics: torch.Tensor, scores: torch.Tensor, m: int
+) -> torch.Tensor:
+    """As the engine asks for them, on one rank."""
+    n_layers, n_kv, n_visual = scores.shape
+    if policy.global_budgets:
+        statistics = global_counts(scores, n_layers * n_kv * m)[None]
+    return policy.budgets(statistics, n_visual, m)
+
+
 POLICIES = [
     *((name, {}) for name in policy_names()),
     ("aircache", {"visual": 4}),
     ("aircache", {"budget": "pyramid"}),
+    ("aircache", {"budget": "global"}),
     ("snapkv", {"window": 3, "kernel": 1}),
     ("random", {"seed": 5}),
     ("streaming", {"sinks": 0}),
@@ -149,13 +161,13 @@ def test_every_policy_fills_its_columns(
     statistics = policy.statistics(given, scores)
     assert statistics.dtype == torch.float64 and statistics.shape[-1] == 4
     m = columns(retention, n_visual)
-    budgets = policy.budgets(statistics, n_visual, m)
+    budgets = budgets_of(policy, statistics, scores, m)
     assert budgets.dtype == torch.int64 and int(budgets.sum()) == 4 * m
     assert all(1 <= count <= n_visual for count in budgets.tolist())
     # the same prompt, the same tokens
     again = policy.score(states(n_visual=n_visual, between=between))
     assert torch.equal(again, scores)
-    assert torch.equal(policy.budgets(policy.statistics(given, scores), n_visual, m), budgets)
+    assert torch.equal(budgets_of(policy, policy.statistics(given, scores), again, m), budgets)
 
 
 @matrix
@@ -197,7 +209,7 @@ def test_no_policy_waits_for_the_device(name: str, options: dict[str, Any]) -> N
     # a meta tensor has no data: anything that looked at a value would raise
     policy, given = get_policy(name, **options), states(device="meta")
     scores = policy.score(given)
-    budgets = policy.budgets(policy.statistics(given, scores), 40, 4)
+    budgets = budgets_of(policy, policy.statistics(given, scores), scores, 4)
     assert scores.shape == (4, 2, 40) and budgets.shape == (4,)
     selected = torch.zeros((2, 16), dtype=torch.int64, device="meta")
     assert visual_mass(scores, selected, budgets).device.type == "meta"
@@ -216,7 +228,7 @@ def test_aircache_composes_the_public_functions(budget: str, elite: str) -> None
     scores = policy.score(given)
     wanted = importance_batched(q, k, v, alpha=0.4, scale=0.5, elite=elite, window=5)
     assert torch.equal(scores, wanted)
-    budgets = policy.budgets(policy.statistics(given, scores), 40, columns(0.2, 40))
+    budgets = budgets_of(policy, policy.statistics(given, scores), scores, columns(0.2, 40))
     assert torch.equal(budgets, layer_budgets(wanted, 0.2, budget=budget))
 
 
@@ -231,6 +243,8 @@ def test_engine_functions_never_wait_for_the_device() -> None:
             assert scores.shape == (4, 2, 40)
     statistics = head_mean_statistics(scores)
     for budget in BUDGET_MODES:
+        if budget == "global":
+            statistics = global_counts(scores, 4 * 2 * 4)[None]
         assert layer_budgets_from_statistics(statistics, 40, 4, budget=budget).shape == (4,)
         budgets = layer_budgets(scores, 0.1, budget=budget)
         assert budgets.dtype == torch.int64 and budgets.device.type == "meta"

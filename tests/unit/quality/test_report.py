@@ -141,6 +141,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
             "pooling",
             "table12",
             "table13",
+            "budget",
             "heads",
             "cross",
         )

@@ -94,6 +94,17 @@ def test_what_the_grids_ask_beyond_the_paper() -> None:
     for retention in (0.1, 0.05, 0.02, 0.01):
         found = {dict(s.knobs).get("window") for s in windows if s.retention == retention}
         assert {"last-1", "last-5", "last-16", "last-32", "all", "visual-32"} <= found
+    budgets = grid("budget", POLICIES, None)
+    for retention in (0.1, 0.05, 0.02, 0.01):
+        found = [dict(s.knobs).get("budget") for s in budgets if s.retention == retention]
+        assert sorted(map(str, found)) == [
+            "None",
+            "global",
+            "pyramid",
+            "skewness",
+            "strength",
+            "uniform",
+        ]
     pools = grid("pooling", POLICIES, None)
     assert {s for s in pools[1:] if not s.knobs} <= {*grid("table1", ("snapkv",), None)}
     unpooled = [s for s in pools if s.knobs]
