@@ -244,9 +244,10 @@ class _Checked:
             of_kind = [i for i in items if i.modality == modality or not self._reader.strict]
             if _given(self.request, kind) and not of_kind:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
-            if self._reader.encloses and (mark := _mark(self._processor, kind)):
+            known = _mark(self._processor, kind) if self._reader.encloses else None
+            if known is not None:
                 for item in of_kind:
-                    check_enclosed(item.offsets, ids, mark)
+                    check_enclosed(item.offsets, ids, known)
             # None where the model itself finds their place, as LLaVA's (models/llava.py).
             spans = [item.offsets for item in of_kind if item.offsets is not None]
             # A prompt that is too long was cut before; SGLang itself refuses it behind this.

@@ -15,7 +15,7 @@ PATCH, SIDE, QUERIES, MOST = 14, 112, 16, 4
 MARK, TOKEN = "(<image>./</image>)", "<unk>"
 
 
-class MiniCPMVProcessor(ProcessorMixin):  # type: ignore[misc]
+class MiniCPMVProcessor(ProcessorMixin):
     """An overview of at most SIDE**2 pixels; a larger picture is also cut into 2 to MOST slices."""
 
     attributes = ["tokenizer"]
