@@ -18,11 +18,12 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The text of a prompt, one placeholder a picture or video, the pictures and video files."""
+    """The text of a prompt, one placeholder a picture, video or sound; pictures, and files."""
 
     text: str
     images: tuple[Image.Image, ...] = ()
     videos: tuple[str, ...] = ()
+    audios: tuple[str, ...] = ()
 
 
 def picture(seed: int, rows: int = 10, columns: int = 10) -> Image.Image:
@@ -58,6 +59,8 @@ def ask(
     fields = {"return_logprob": True, "top_logprobs_num": 5, **fields}
     if prompt.videos:
         fields["video_data"] = list(prompt.videos)
+    if prompt.audios:
+        fields["audio_data"] = list(prompt.audios)
     return server.generate(prompt.text, images=prompt.images, sampling=sampling, **fields)
 
 

@@ -32,6 +32,7 @@ def hooks() -> list[Hook]:
         embeddings,
         forward,
         media,
+        models,
         output,
         pool,
         prefill,
@@ -49,6 +50,11 @@ def hooks() -> list[Hook]:
             srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
             pool.profile_available_bytes,
             around,
+        ),
+        Hook(
+            srt + "model_loader.loader._initialize_model",
+            models.initialize_model,
+            after,
         ),
         Hook(
             srt + "model_executor.model_runner.ModelRunner.init_attention_backends",

@@ -26,6 +26,7 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from aircache_patches.prompt_media import (
     Mark,
     check_embedding,
+    check_enclosed,
     check_grid,
     check_patches,
     check_runs,
@@ -35,7 +36,7 @@ from aircache_patches.prompt_media import (
     fit,
 )
 
-KINDS = {"picture": Modality.IMAGE, "video": Modality.VIDEO}
+KINDS = {"picture": Modality.IMAGE, "video": Modality.VIDEO, "sound": Modality.AUDIO}
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,15 @@ class Reader:
 
     ids: it takes the prompt as token ids. prepared: it takes embeddings and processor outputs in
     place of pictures. adds: it writes the marks that a prompt lacks. strict: a mark of a kind of
-    which the request brings nothing is an error; else it is text.
+    which the request brings nothing is an error; else it is text. encloses: what stands between two
+    tokens is a picture to it, and a text may say these tokens too.
     """
 
     ids: bool = False
     prepared: bool = False
     adds: bool = False
     strict: bool = False
+    encloses: bool = False
 
 
 # Of the families in support.py, by the class in sglang/srt/multimodal/processors.
@@ -71,6 +74,10 @@ READERS = {
     "QwenVLImageProcessor": Reader(ids=True, prepared=True, strict=True),
     "InternVLProcessor": Reader(prepared=True, adds=True, strict=True),
     "LlavaImageProcessor": Reader(ids=True),
+    "PaddleOCRVLImageProcessor": Reader(ids=True, strict=True),
+    "MiniCPMMultimodalProcessor": Reader(strict=True, encloses=True),
+    "DotsVLMImageProcessor": Reader(ids=True, strict=True),
+    "Step3VLImageProcessor": Reader(ids=True, strict=True),
     "TransformersAutoMultimodalProcessor": Reader(),
 }
 
@@ -172,7 +179,7 @@ class _Checked:
 
     def _prepare(self, kind: str, data: dict[str, Any]) -> None:
         """An embedding or a processor's output; SGLang itself refuses more than one of a kind."""
-        if not self._reader.prepared:
+        if not self._reader.prepared or kind == "sound":
             raise ValueError(
                 f"this model reads each {kind} from a file, a URL or base64, and no precomputed "
                 "embedding or processor output"
@@ -237,6 +244,10 @@ class _Checked:
             of_kind = [i for i in items if i.modality == modality or not self._reader.strict]
             if _given(self.request, kind) and not of_kind:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
+            known = _mark(self._processor, kind) if self._reader.encloses else None
+            if known is not None:
+                for item in of_kind:
+                    check_enclosed(item.offsets, ids, known)
             # None where the model itself finds their place, as LLaVA's (models/llava.py).
             spans = [item.offsets for item in of_kind if item.offsets is not None]
             # A prompt that is too long was cut before; SGLang itself refuses it behind this.
@@ -249,7 +260,8 @@ class _Checked:
     ) -> None:
         filled, processor = self._filled(kind, data), self._processor
         config = self._manager.model_config
-        vision = config.hf_config.vision_config
+        # Of Qwen3-Omni the processor has the thinker's.
+        vision = processor.hf_config.vision_config
         if name == MultimodalInputFormat.PRECOMPUTED_EMBEDDING:
             # Qwen3-VL's encoder puts out what its deepstack layers add as well.
             parts = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
@@ -268,7 +280,7 @@ class _Checked:
 
 
 def _given(obj: Any, kind: str) -> list[Any]:
-    data = obj.image_data if kind == "picture" else obj.video_data
+    data = getattr(obj, f"{KINDS[kind].name.lower()}_data")
     return data if isinstance(data, list) else [] if data is None else [data]
 
 
@@ -278,7 +290,7 @@ def _feature(data: dict[str, Any]) -> Any:
 
 
 def _mark(processor: Any, kind: str) -> Mark | None:
-    """How the prompts of this model speak of a picture or video; None where they have no word."""
+    """How this model's prompts speak of a picture, video or sound; None where they cannot."""
     known, config = processor.mm_tokens, processor.hf_config
     native, pattern = None, None
     if known is None:  # LLaVA's own processor
@@ -286,9 +298,12 @@ def _mark(processor: Any, kind: str) -> Mark | None:
     elif kind == "picture":
         token_id, native = known.image_token_id, known.image_token
         pattern = known.image_token_regex
-    else:
+    elif kind == "video":
         token_id, native = known.video_token_id, known.video_token
         pattern = known.video_token_regex
+    else:
+        token_id, native = known.audio_token_id, known.audio_token
+        pattern = known.audio_token_regex
     token = native if token_id is None else processor._tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
         return None

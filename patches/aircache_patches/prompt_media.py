@@ -20,9 +20,9 @@ Prompt = str | list[int]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mark:
-    """What stands for one picture, or one video, in the prompts of a model.
+    """What stands for one picture, video or sound in the prompts of a model.
 
-    kind: "picture" or "video".
+    kind: "picture", "video" or "sound".
     token: the token that a picture of n tokens fills n times; token_id: its id, None if unknown.
     native: what a prompt holds before it is expanded, `token` itself or with a token on each side.
     pattern: all that SGLang takes for one.
@@ -116,6 +116,19 @@ def check_spans(offsets: Sequence[Sequence[int]] | None, length: int, kind: str)
                 "the offsets of its data are wrong"
             )
     return sum(end - start + 1 for start, end in spans)
+
+
+def check_enclosed(offsets: Sequence[Sequence[int]], ids: Sequence[int], mark: Mark) -> None:
+    """What SGLang has found between two tokens is a picture's, and nothing that a text says.
+
+    offsets: inclusive pairs; a cut prompt `ids` has only the first of them.
+    """
+    for start, end in offsets:
+        if start > end or any(token != mark.token_id for token in ids[start : end + 1]):
+            raise ValueError(
+                f"before a {mark.kind} the prompt says one of the tokens that stand around each "
+                f"{mark.kind}; write {mark.native} once for each, and leave out the other tokens"
+            )
 
 
 def check_tensor(feature: Any, kind: str, what: str) -> None:

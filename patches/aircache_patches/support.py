@@ -18,6 +18,11 @@ ARCHITECTURES = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
     "InternVLChatModel",
+    "PaddleOCRVLForConditionalGeneration",
+    "MiniCPMV",
+    "Qwen3OmniMoeForConditionalGeneration",
+    "DotsOCRForCausalLM",
+    "StepVLForConditionalGeneration",
     "LlavaQwenForCausalLM",
     "LlavaOnevisionForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
@@ -275,10 +280,27 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
             f"{policy} supports {', '.join(ARCHITECTURES)}, and {server_args.model_path} is a "
             f"{architecture}; serve it without --kv-policy"
         )
+    yield from unsupported_dtype(model, policy)
     if not model.is_generation or not model.is_multimodal:
         yield (
             f"{policy} needs a model that answers with text about pictures, and "
             f"{server_args.model_path} is served as none; drop --is-embedding or --kv-policy"
+        )
+
+
+def unsupported_dtype(model: Any, policy: str) -> Iterator[str]:
+    """dots.ocr in another type: the first picture would end SGLang 0.5.23.
+
+    model: SGLang's ModelConfig. Its tower casts pixels to bfloat16, whatever its weights are
+    (models/dots_vlm_vit.py, forward).
+    """
+    import torch
+
+    architecture = model.hf_config.architectures[0]
+    if architecture == "DotsOCRForCausalLM" and model.dtype != torch.bfloat16:
+        yield (
+            f"{policy} serves {architecture} in bfloat16 alone, got {model.dtype}; "
+            "use --dtype bfloat16"
         )
 
 

@@ -22,7 +22,7 @@ from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import loads, wait_idle
 from tests.support.bad_requests import assert_all_end_well
-from tests.support.families import FAMILIES, make_video
+from tests.support.families import FAMILIES, make_sound, make_video
 from tests.support.families.served import CHUNKS, QUESTION, Served, conversations, make_server
 
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-SHAPES = ("text between", "picture, video, text")
+SHAPES = ("text between", "picture, video, text", "picture, sound, text")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -60,7 +60,8 @@ def test_transformers_agrees(served: Served) -> None:
 def test_no_request_ends_the_server(served: Served, tmp_path: Path) -> None:
     """What stock SGLang does not survive; Qwen2-VL's and more are in test_bad_requests.py."""
     video = None if served.family.video is None else make_video(tmp_path / "video.png", 3)
-    assert_all_end_well(served.server, served.family, video)
+    sound = None if served.family.sound is None else make_sound(tmp_path / "sound.wav", 3)
+    assert_all_end_well(served.server, served.family, video, sound)
 
 
 def test_no_slot_is_lost(served: Served) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from aircache_sglang.testing import Server
 from aircache_sglang.testing.prompts import picture
 from aircache_sglang.testing.server import png_data_url
-from tests.support.families import Family, Video
+from tests.support.families import Family, Sound, Video
 
 QUESTION = "what is above the small white house?"
 # A request that is never answered must fail the test, not the run.
@@ -73,6 +73,8 @@ def refused(family: Family) -> dict[str, dict[str, Any]]:
         ),
         "a number": body(family, good, images=[7]),
     }
+    for mark in words.encloses:
+        cases[f"{mark} before a picture"] = body(family, [f"a {mark}", *good], images=[one])
     if not words.adds_marks:
         cases["two pictures, one mark"] = body(family, good, images=[one, two], **family.several)
         cases["a picture without a mark"] = body(family, [QUESTION], images=[one])
@@ -87,7 +89,7 @@ def answered(family: Family) -> dict[str, dict[str, Any]]:
     """Requests of /generate that look bad, and are to be answered."""
     image, one, words = family.image, png_data_url(picture(1, 10, 10)), family.words
     cases = {"no picture at all": body(family, [f"what is {words.token}?"], images=[])}
-    for token in words.brackets:
+    for token in (*words.brackets, *words.encloses):
         cases[f"{token} alone"] = body(family, [image, f"what is {token} there?"], images=[one])
     return cases
 
@@ -110,6 +112,22 @@ def videos(family: Family, video: Video) -> dict[str, dict[str, Any]]:
     return cases
 
 
+def sounds(family: Family, sound: Sound) -> dict[str, dict[str, Any]]:
+    """Requests with a sound that must end in HTTP 400."""
+    assert family.sound is not None
+    one, text = png_data_url(picture(1, 10, 10)), [family.image, QUESTION]
+    heard = [family.image, family.sound, QUESTION]
+    return {
+        "two sounds, one mark": body(family, heard, images=[one], audio_data=[sound.path] * 2),
+        "a sound without a mark": body(family, text, images=[one], audio_data=[sound.path]),
+        "a mark without a sound": body(family, heard, images=[one]),
+        "a sound that is not there": body(
+            family, heard, images=[one], audio_data=["/nowhere/at/all.wav"]
+        ),
+        "no sound": body(family, heard, images=[one], audio_data=[one]),
+    }
+
+
 def post(server: Server, data: dict[str, Any], path: str = "/generate") -> tuple[int, Any]:
     """Status and decoded answer; TimeoutError of requests for a request that hangs."""
     server.timeout = SECONDS
@@ -124,13 +142,16 @@ def sentence_of(answer: Any) -> str:
     return str(said if isinstance(said, str) else said["message"])
 
 
-def assert_all_end_well(server: Server, family: Family, video: Video | None = None) -> None:
+def assert_all_end_well(
+    server: Server, family: Family, video: Video | None = None, sound: Sound | None = None
+) -> None:
     """Each ends in HTTP 400 and one sentence, or is answered; a good request is, after each."""
     one = png_data_url(picture(1, 10, 10))
     good = body(family, [family.image, QUESTION], images=[one])
     status, expected = post(server, good)
     assert status == 200, expected
     bad = refused(family) | ({} if video is None else videos(family, video))
+    bad |= {} if sound is None else sounds(family, sound)
     for name, data in (bad | answered(family)).items():
         status, answer = post(server, data)
         if name in bad:

@@ -53,7 +53,11 @@ class QwenVLImageProcessor:
     _tokenizer = SimpleNamespace(
         convert_ids_to_tokens={PAD: "<|image_pad|>", VIDEO: "<|video_pad|>"}.__getitem__
     )
-    hf_config = SimpleNamespace()
+    hf_config = SimpleNamespace(
+        vision_config=SimpleNamespace(
+            in_chans=3, temporal_patch_size=2, patch_size=2, spatial_merge_size=2
+        )
+    )
 
 
 class TransformersAutoMultimodalProcessor(QwenVLImageProcessor):
@@ -64,18 +68,20 @@ class SomethingNew(QwenVLImageProcessor):
     pass
 
 
+class MiniCPMMultimodalProcessor(QwenVLImageProcessor):
+    """A picture is what stands between START and END."""
+
+    mm_tokens = MultimodalSpecialTokens(image_token="(<image>./</image>)", image_token_id=PAD)
+    mm_tokens.parse_regex()
+
+
 def manager_of(processor: Any) -> Any:
-    vision = SimpleNamespace(in_chans=3, temporal_patch_size=2, patch_size=2, spatial_merge_size=2)
-    return SimpleNamespace(
-        mm_processor=processor,
-        model_config=SimpleNamespace(
-            hidden_size=WIDTH, hf_config=SimpleNamespace(vision_config=vision)
-        ),
-    )
+    return SimpleNamespace(mm_processor=processor, model_config=SimpleNamespace(hidden_size=WIDTH))
 
 
 def request_of(text: str | None = None, **fields: Any) -> Any:
-    defaults = {"input_ids": None, "image_data": None, "video_data": None, "modalities": None}
+    names = ("input_ids", "image_data", "video_data", "audio_data", "modalities")
+    defaults: dict[str, Any] = dict.fromkeys(names)
     return SimpleNamespace(text=text, contains_mm_input=lambda: True, **defaults | fields)
 
 
@@ -94,6 +100,7 @@ def tokenize(
     outcome: list[MultimodalDataItem] | Exception | Callable[[], Awaitable[Any]],
     processor: Any = None,
     length: int = 10,
+    ids: list[int] | None = None,
 ) -> Any:
     """The hook around a tokenizer manager that finds these items, or raises; what it was asked."""
     asked = []
@@ -104,12 +111,12 @@ def tokenize(
             raise outcome
         if callable(outcome):
             return await outcome()
-        ids = [9] * length
-        for item in outcome:
+        expanded = ids or [9] * length
+        for item in () if ids else outcome:
             for start, end in item.offsets or ():
                 for position in range(start, min(end + 1, length)):
-                    ids[position] = PAD
-        return SimpleNamespace(input_ids=ids, mm_inputs=SimpleNamespace(mm_items=outcome))
+                    expanded[position] = PAD
+        return SimpleNamespace(input_ids=expanded, mm_inputs=SimpleNamespace(mm_items=outcome))
 
     manager = manager_of(processor or QwenVLImageProcessor())
     asyncio.run(media.tokenize_one_request(original, manager, request))
@@ -171,6 +178,40 @@ def test_models_that_read_no_ids_and_no_embeddings() -> None:
     # A word for videos is text where there is none.
     request = request_of(f"{PICTURE} and <|video_pad|>", image_data=["x.png"])
     assert tokenize(request, [item_of(2, 5)], processor).text == request.text
+
+
+def test_what_stands_between_two_tokens_that_a_text_says_too() -> None:
+    processor, mark = MiniCPMMultimodalProcessor(), "(<image>./</image>)"
+    request = request_of(mark, image_data=["x.png"])
+    assert tokenize(request, [item_of(2, 5)], processor).text == mark
+    # A start before the picture, an end before it: pairs as SGLang would make them.
+    for start, end in ((1, 5), (2, 1)):
+        outside = MultimodalDataItem(modality=Modality.IMAGE, offsets=[(start, end)])
+        with pytest.raises(ValueError, match="tokens that stand around each picture; write"):
+            tokenize(request, [outside], processor, ids=[9, 9, *[PAD] * 4, 9, 9])
+    with pytest.raises(ValueError, match="speaks of 2 pictures"):
+        tokenize(request_of(f"{mark} <|image_pad|>", image_data=["x"]), [], processor)
+
+
+def test_sounds() -> None:
+    class QwenVLImageProcessor:  # of Qwen3-Omni
+        mm_tokens = MultimodalSpecialTokens(audio_token="<|audio_pad|>", audio_token_id=VIDEO)
+        mm_tokens.parse_regex()
+        _tokenizer = SimpleNamespace(convert_ids_to_tokens={VIDEO: "<|audio_pad|>"}.__getitem__)
+        hf_config = SimpleNamespace()
+
+    sound = MultimodalDataItem(modality=Modality.AUDIO, offsets=[(2, 3)])
+    request = request_of("<|audio_pad|>", audio_data=["x.wav"])
+    assert tokenize(request, [sound], QwenVLImageProcessor()).text == request.text
+    with pytest.raises(ValueError, match="speaks of 2 sounds and the request brings 1"):
+        tokenize(request_of("<|audio_pad|>" * 2, audio_data=["x.wav"]), [], QwenVLImageProcessor())
+    data = {"format": FORMAT, "feature": torch.zeros(4, WIDTH)}
+    with pytest.raises(ValueError, match="reads each sound from a file"):
+        tokenize(request_of("<|audio_pad|>", audio_data=[data]), [], QwenVLImageProcessor())
+    # A model that knows no sounds would answer without it.
+    request = request_of(PICTURE, image_data=["x.png"], audio_data=["x.wav"])
+    with pytest.raises(ValueError, match="no place for the request's sound"):
+        tokenize(request, [item_of(2, 5)])
 
 
 def test_an_unknown_processor_is_left_alone() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 
+from aircache_patches.models import initialize_model
 from aircache_patches.support import (
     ADAPTED,
     ARCHITECTURES,
     out_of_reach,
     unsupported_adapters,
+    unsupported_dtype,
     unsupported_kv_dtype,
 )
 
@@ -98,11 +100,18 @@ def test_out_of_reach(
     assert reason in (out_of_reach(ModelConfig(str(tmp_path))) or "")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"),
+        *("paddleocr_vl", "minicpm_v", "qwen3_omni", "dots_ocr", "step_vl"),
+    ],
+)
 def test_within_reach(tmp_path: Path, family: str) -> None:
     from aircache_sglang.testing import checkpoints
 
-    model = ModelConfig(str(getattr(checkpoints, f"make_{family}")(tmp_path)))
+    path = str(getattr(checkpoints, f"make_{family}")(tmp_path))
+    model = ModelConfig(path, trust_remote_code=family == "minicpm_v")
     assert model.hf_config.architectures[0] in ARCHITECTURES
     assert out_of_reach(model) is None and model.is_multimodal
 
@@ -142,6 +151,27 @@ def test_kv_that_the_kernels_cannot_read(
     assert all(sentence in text and "--kv-cache-dtype auto" in text for text in found)
 
 
+def test_dots_ocr_is_served_in_bfloat16_alone() -> None:
+    config = SimpleNamespace(architectures=["DotsOCRForCausalLM"])
+    for dtype, count in ((torch.bfloat16, 0), (torch.float16, 1), (torch.float32, 1)):
+        model = SimpleNamespace(hf_config=config, dtype=dtype)
+        found = list(unsupported_dtype(model, "--kv-policy aircache"))
+        assert len(found) == count
+        assert all(sentence.endswith("use --dtype bfloat16") for sentence in found)
+
+
+def test_the_model_inside_minicpm_v_is_given_what_its_wrapper_got() -> None:
+    from sglang.srt.models.minicpmv import MiniCPMV
+
+    wrapper, inner, given = MiniCPMV.__new__(MiniCPMV), torch.nn.Linear(1, 1), object()
+    wrapper.minicpmv, wrapper.shared_experts_config = inner, given
+    assert wrapper.eval() is inner, "SGLang has mended it: the hook can go"
+    assert not hasattr(inner, "shared_experts_config")
+    assert initialize_model(wrapper) is None and inner.shared_experts_config is given
+    plain = torch.nn.Linear(1, 1)
+    assert initialize_model(plain) is None and not hasattr(plain, "shared_experts_config")
+
+
 # SGLang's own classes; the others of ARCHITECTURES are LLaVA's and its Transformers fallback.
 NATIVE = {
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
@@ -149,6 +179,11 @@ NATIVE = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     "InternVLChatModel": "internvl",
+    "PaddleOCRVLForConditionalGeneration": "paddleocr_vl",
+    "MiniCPMV": "minicpmv",
+    "Qwen3OmniMoeForConditionalGeneration": "qwen3_omni_moe",
+    "DotsOCRForCausalLM": "dots_ocr",
+    "StepVLForConditionalGeneration": "step3_vl_10b",
 }
 
 

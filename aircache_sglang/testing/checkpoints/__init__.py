@@ -9,15 +9,20 @@ from typing import Any
 from aircache_sglang.testing.checkpoints.qwen2_vl import make_qwen2_vl
 
 __all__ = [
+    "make_dots_ocr",
     "make_internvl_chat",
     "make_internvl_hf",
     "make_llava_next_video",
     "make_llava_onevision",
     "make_llava_qwen",
+    "make_minicpm_v",
+    "make_paddleocr_vl",
     "make_qwen2_5_vl",
     "make_qwen2_vl",
+    "make_qwen3_omni",
     "make_qwen3_vl",
     "make_qwen3_vl_moe",
+    "make_step_vl",
 ]
 
 

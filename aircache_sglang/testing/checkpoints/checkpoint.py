@@ -11,10 +11,12 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from aircache_sglang.testing.checkpoints.vocabulary import WORDS, build_tokenizer
@@ -127,6 +129,24 @@ def save_model(folder: Path, model_class: Any, config: Any, words: Words, *, see
     fill(model, words, seed=seed)
     model.save_pretrained(folder)
     return model
+
+
+def save_weights(
+    folder: Path,
+    model_class: Any,
+    config: Any,
+    words: Words,
+    *,
+    seed: int = 0,
+    renamed: Callable[[str], str] = str,
+) -> None:
+    """Weights alone, of a model that Transformers has no class of; `renamed` from our names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        model = model_class(config)
+    fill(model, words, seed=seed)
+    weights = {renamed(name): weight.contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

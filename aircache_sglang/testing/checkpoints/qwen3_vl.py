@@ -24,6 +24,14 @@ from aircache_sglang.testing.checkpoints.checkpoint import (
 PATCH, MERGE = 16, 2
 # A head of 16 has 8 rotary frequencies to share between time, height and width.
 ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+EXPERTS = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def make_qwen3_vl(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
@@ -37,16 +45,8 @@ def make_qwen3_vl(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
 
 def make_qwen3_vl_moe(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
     """The same with 4 experts, 2 of them active, in every decoder layer."""
-    experts = {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 96,
-        "norm_topk_prob": True,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-    }
     folder = _make(
-        Path(path), Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, seed, experts | text
+        Path(path), Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, seed, EXPERTS | text
     )
     # Published checkpoints hold the experts' matrices transposed, and SGLang reads them so.
     file = folder / "model.safetensors"
@@ -63,22 +63,9 @@ def _make(
 ) -> Path:
     words = Words()
     text_config = words.text_config(head_dim=16, rope_scaling=ROPE, **text)
-    vision_config = {
-        "deepstack_visual_indexes": [0, 1, 2],
-        "depth": 3,
-        "hidden_size": 32,
-        "in_channels": 3,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "num_position_embeddings": 64,
-        "out_hidden_size": text_config["hidden_size"],
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 2,
-    }
     config = config_class(
         text_config=text_config,
-        vision_config=vision_config,
+        vision_config=vision_config(text_config["hidden_size"]),
         tie_word_embeddings=False,
         **words.qwen_tokens(),
     )
@@ -90,3 +77,20 @@ def _make(
         folder, words, "Qwen3VLProcessor", "Qwen2VL", PATCH, MERGE, videos="Qwen3VL"
     )
     return folder
+
+
+def vision_config(outputs: int) -> dict[str, Any]:
+    """A tower of 3 blocks, all of which the decoder gets, for a decoder of that width."""
+    return {
+        "deepstack_visual_indexes": [0, 1, 2],
+        "depth": 3,
+        "hidden_size": 32,
+        "in_channels": 3,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "num_position_embeddings": 64,
+        "out_hidden_size": outputs,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }

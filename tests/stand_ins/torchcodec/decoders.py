@@ -48,3 +48,10 @@ class VideoDecoder:
 
     def get_frames_at(self, indices: Sequence[int]) -> Frames:
         return Frames(self._frames[list(indices)])
+
+
+class AudioDecoder:
+    """None: SGLang goes on with soundfile, as where torchcodec fails."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("no ffmpeg")

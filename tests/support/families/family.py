@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from aircache_sglang.testing.oracle import Oracle
 from aircache_sglang.testing.prompts import Prompt
 
 FRAMES_PER_SECOND = 2
+SAMPLES_PER_SECOND = 16_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,26 @@ def make_video(path: Path, seed: int, *, frames: int = 6, side: int = 112) -> Vi
     return Video(str(path), np.stack([np.asarray(picture) for picture in pictures]))
 
 
-Part = str | Image.Image | Video
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """A WAV file at SAMPLES_PER_SECOND."""
+
+    path: str
+
+
+def make_sound(path: Path, seed: int, *, seconds: float = 1.0) -> Sound:
+    """Write noise of 16 bits, one channel."""
+    count = round(seconds * SAMPLES_PER_SECOND)
+    samples = np.random.default_rng(seed).integers(-8_000, 8_000, count, dtype=np.int16)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLES_PER_SECOND)
+        file.writeframes(samples.tobytes())
+    return Sound(str(path))
+
+
+Part = str | Image.Image | Video | Sound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +73,13 @@ class Words:
     """What a family's prompts say besides text.
 
     token: what a picture of n tokens fills n times. brackets: tokens on each side of a picture.
+    encloses: tokens between which SGLang looks for pictures, wherever they are said.
     adds_marks: whether SGLang's processor writes the marks that a prompt lacks.
     """
 
     token: str
     brackets: tuple[str, ...] = ()
+    encloses: tuple[str, ...] = ()
     adds_marks: bool = False
 
 
@@ -72,6 +95,9 @@ class Family:
     several: fields that a request with several pictures needs.
     flags: what its server needs besides.
     has_tree: whether SGLang serves it with a radix cache.
+    sound: what stands for a sound in a prompt; None where SGLang has none.
+    expansion: what SGLang's processor writes for the i-th picture; for families without a reader.
+    is_mended: whether stock SGLang does not start it, and is compared with one that does.
     """
 
     make: Callable[[Path], Path]
@@ -83,12 +109,16 @@ class Family:
     several: dict[str, Any] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     has_tree: bool = True
+    sound: str | None = None
+    expansion: Callable[[int, Image.Image], str] | None = None
+    is_mended: bool = False
 
     def prompt(self, *turns: Sequence[Part], system: str | None = None) -> Prompt:
         """A conversation of user and assistant turns, a user's last, as ChatML."""
         text = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
         images: list[Image.Image] = []
         videos: list[str] = []
+        sounds: list[str] = []
         for index, parts in enumerate(turns):
             text += f"<|im_start|>{'assistant' if index % 2 else 'user'}\n"
             for part in parts:
@@ -98,11 +128,16 @@ class Family:
                     assert self.video is not None
                     text += self.video
                     videos.append(part.path)
+                elif isinstance(part, Sound):
+                    assert self.sound is not None
+                    text += self.sound
+                    sounds.append(part.path)
                 else:
                     text += self.image
                     images.append(part)
             text += "<|im_end|>\n"
-        return Prompt(text + "<|im_start|>assistant\n", tuple(images), tuple(videos))
+        text += "<|im_start|>assistant\n"
+        return Prompt(text, tuple(images), tuple(videos), tuple(sounds))
 
 
 class Reader(Oracle):
@@ -116,7 +151,11 @@ class Reader(Oracle):
         ).eval()
 
     def inputs(self, prompt: Prompt) -> Any:
-        inputs = self.read(prompt.text, list(prompt.images), [frames_of(v) for v in prompt.videos])
+        videos = [frames_of(video) for video in prompt.videos]
+        return self.typed(self.read(prompt.text, list(prompt.images), videos))
+
+    def typed(self, inputs: Any) -> Any:
+        """The processor's output with `mm_token_type_ids`, where it has none."""
         if "mm_token_type_ids" not in inputs:
             ids, config = inputs["input_ids"], self.model.config
             visual = ids == config.image_token_id
@@ -141,3 +180,9 @@ def frames_of(path: str) -> np.ndarray:
             file.seek(index)
             frames.append(np.array(file.convert("RGB")))
     return np.stack(frames)
+
+
+def samples_of(path: str) -> np.ndarray:
+    """float64 [n] in [-1, 1) of a file that `make_sound` wrote."""
+    with wave.open(path) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16) / 32_768

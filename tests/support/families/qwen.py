@@ -22,7 +22,9 @@ QWEN_WORDS = Words("<|image_pad|>", ("<|vision_start|>", "<|vision_end|>"))
 class QwenReader(Reader):
     """Qwen*-VL: SGLang samples and resizes the frames itself, before Transformers' processor."""
 
-    def read(self, text: str, images: list[Image.Image], videos: list[np.ndarray]) -> Any:
+    def read(
+        self, text: str, images: list[Image.Image], videos: list[np.ndarray], **fields: Any
+    ) -> Any:
         from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
         from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
@@ -42,9 +44,9 @@ class QwenReader(Reader):
                 pass
 
         sampled = [asyncio.run(preprocess_video(Decoded(video))) for video in videos]
-        fields: dict[str, Any] = {}
-        if sampled and "Qwen3" in type(self.processor).__name__:
-            fields = {"video_metadata": [data for _, data in sampled], "do_sample_frames": False}
+        if sampled and "Qwen3VL" in type(self.processor).__name__:
+            fields["video_metadata"] = [data for _, data in sampled]
+            fields["do_sample_frames"] = False
         return self.processor(
             text=[text],
             images=images or None,

@@ -13,7 +13,7 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import Prompt, ask, picture, words
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
-from tests.support.families.family import Family, Part, make_video
+from tests.support.families.family import Family, Part, make_sound, make_video
 from tests.support.preloaded import PreloadedServer
 
 STAND_INS = Path(__file__).parents[2] / "stand_ins"
@@ -45,13 +45,24 @@ def conversations(family: Family, folder: Path) -> dict[str, Prompt]:
         shapes["picture, video, text"] = family.prompt(
             ["look at this", seen[2], "and then at", videos[1], words(5)], system="be short."
         )
+    if family.sound is not None:
+        sounds = [make_sound(folder / f"{i}.wav", i) for i in range(2)]
+        shapes["picture, sound, text"] = family.prompt(
+            ["look at this", seen[0], "and listen", sounds[0], QUESTION], system="be short."
+        )
+        shapes["sound between pictures"] = family.prompt(
+            [seen[1], "says", sounds[1], "but not", seen[2], "who is it?"]
+        )
     return shapes
 
 
 def make_server(family: Family, checkpoint: Path, policy: str) -> Server:
     """A server of one family that has not been started; the policy is "none" or "aircache"."""
     # SGLang's own checks do stock no harm, and all fork from one template.
-    env = STRICT_MEMORY_CHECKS | {"PYTHONPATH": str(STAND_INS)}
+    path = str(STAND_INS)
+    if family.is_mended and policy == "none":
+        path += f":{STAND_INS / 'mended_sglang'}"
+    env = STRICT_MEMORY_CHECKS | {"PYTHONPATH": path}
     flags = [*COMMON_FLAGS, *CHUNKS, *family.flags, "--dtype", family.dtype, "--kv-policy", policy]
     if policy != "none":
         flags += ["--aircache-gate", "off", "--enable-metrics"]
@@ -97,8 +108,15 @@ class Served:
     def _check_layout(self, prompt: Prompt, meta_info: dict[str, Any]) -> None:
         """All that is not text is visual, and all text after the last picture is instruction."""
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint, trust_remote_code=True)
-        image, report = self.family.image, meta_info["aircache"]
-        n_text = len(tokenizer(prompt.text)["input_ids"]) - len(prompt.images)
-        assert report["visual_tokens"] == meta_info["prompt_tokens"] - n_text
-        tail = prompt.text.rpartition(image)[2]
-        assert report["instruction_tokens"] == len(tokenizer(tail)["input_ids"])
+        family, report = self.family, meta_info["aircache"]
+        text, n_prompt = prompt.text, meta_info["prompt_tokens"]
+        if family.expansion is not None:
+            head, *tails = text.split(family.image)
+            pairs = enumerate(zip(prompt.images, tails, strict=True))
+            text = head + "".join(family.expansion(i, image) + tail for i, (image, tail) in pairs)
+        ids = tokenizer(text)["input_ids"]
+        visual = [token == tokenizer.convert_tokens_to_ids(family.words.token) for token in ids]
+        # Only SGLang knows how many tokens a picture fills where nothing expands it here.
+        assert family.expansion is None or n_prompt == len(ids)
+        assert report["visual_tokens"] == n_prompt - visual.count(False)
+        assert report["instruction_tokens"] == visual[::-1].index(True)
