@@ -139,8 +139,8 @@ def global_budgets_reference(
         scores = importance[:, :, start:end].flatten(1).nan_to_num(nan=-math.inf)
         lowest = scores.flatten().sort(descending=True).values[n_layers * n_kv * m - 1]
         above, ties = (scores > lowest).sum(1), (scores == lowest).sum(1)
-        shares = above + (n_layers * n_kv * m - above.sum()) * ties / ties.sum()
-        counts = shares.double().tolist()
+        left = n_layers * n_kv * m - above.sum()
+        counts = (above + (left * ties).double() / ties.sum()).tolist()
         rows.append(_request_budgets([counts, counts], end - start, m, "strength"))
     return torch.tensor(rows, dtype=torch.int32, device=importance.device)
 
