@@ -57,13 +57,15 @@ class Reader:
 
     ids: it takes the prompt as token ids. prepared: it takes embeddings and processor outputs in
     place of pictures. adds: it writes the marks that a prompt lacks. strict: a mark of a kind of
-    which the request brings nothing is an error; else it is text.
+    which the request brings nothing is an error; else it is text. one_token: frames of a video are
+    filled with the token of pictures, and only tokens that a text may say too tell them apart.
     """
 
     ids: bool = False
     prepared: bool = False
     adds: bool = False
     strict: bool = False
+    one_token: bool = False
 
 
 # Of the families in support.py, by the class in sglang/srt/multimodal/processors.
@@ -71,6 +73,9 @@ READERS = {
     "QwenVLImageProcessor": Reader(ids=True, prepared=True, strict=True),
     "InternVLProcessor": Reader(prepared=True, adds=True, strict=True),
     "LlavaImageProcessor": Reader(ids=True),
+    "Glm4vImageProcessor": Reader(ids=True, strict=True, one_token=True),
+    "PixtralProcessor": Reader(ids=True, strict=True),
+    "LightOnOCRProcessor": Reader(ids=True, strict=True),
     "TransformersAutoMultimodalProcessor": Reader(),
 }
 
@@ -84,11 +89,13 @@ async def tokenize_one_request(
     """
     if manager.mm_processor is None or not obj.contains_mm_input():
         return await original(manager, obj)
-    reader = READERS.get(type(manager.mm_processor).__name__)
+    # LlavaForConditionalGeneration has one around its tower's (multimodal/processors/llava.py).
+    processor = getattr(manager.mm_processor, "inner", manager.mm_processor)
+    reader = READERS.get(type(processor).__name__)
     try:
         if reader is None:
             return await original(manager, obj)
-        checked = _Checked(manager, reader, obj)
+        checked = _Checked(manager.model_config, processor, reader, obj)
         tokenized = await original(manager, checked.request)
         checked.look_at(tokenized)
     except ValueError as error:
@@ -155,9 +162,9 @@ class _Checked:
     request: the request, its prompt as the processors can read it.
     """
 
-    def __init__(self, manager: Any, reader: Reader, obj: Any) -> None:
+    def __init__(self, config: Any, processor: Any, reader: Reader, obj: Any) -> None:
         self.request = obj
-        self._manager, self._processor, self._reader = manager, manager.mm_processor, reader
+        self._config, self._processor, self._reader = config, processor, reader
         self._runs: list[tuple[Mark, list[int]]] = []
         self._prepared: set[str] = set()
         for kind in KINDS:
@@ -237,34 +244,41 @@ class _Checked:
             of_kind = [i for i in items if i.modality == modality or not self._reader.strict]
             if _given(self.request, kind) and not of_kind:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
-            # None where the model itself finds their place, as LLaVA's (models/llava.py).
-            spans = [item.offsets for item in of_kind if item.offsets is not None]
             # A prompt that is too long was cut before; SGLang itself refuses it behind this.
             length = len(ids) if kind in self._prepared else sys.maxsize
-            for offsets in spans:
-                check_spans(offsets, length, kind)
+            for item in of_kind:
+                # None where the model itself finds their place, as LLaVA's (models/llava.py).
+                if item.offsets is None:
+                    continue
+                filled = check_spans(item.offsets, length, kind)
+                if self._reader.one_token:
+                    self._check_grid(kind, item.model_specific_data, filled)
 
     def _check_prepared(
         self, kind: str, data: dict[str, Any], name: MultimodalInputFormat, feature: torch.Tensor
     ) -> None:
         filled, processor = self._filled(kind, data), self._processor
-        config = self._manager.model_config
-        vision = config.hf_config.vision_config
+        vision = self._config.hf_config.vision_config
         if name == MultimodalInputFormat.PRECOMPUTED_EMBEDDING:
             # Qwen3-VL's encoder puts out what its deepstack layers add as well.
             parts = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-            check_embedding(feature, filled, config.hidden_size * parts, kind)
+            check_embedding(feature, filled, self._config.hidden_size * parts, kind)
         elif hasattr(processor, "num_image_token"):
             side, tokens = vision.image_size, processor.num_image_token
             check_tiles(feature, filled, side=side, tokens=tokens, kind=kind)
         if hasattr(vision, "spatial_merge_size") and "mrope_positions" not in data:
             # Of Qwen*-VL: their positions follow from the grid.
-            grid = data.get("image_grid_thw" if kind == "picture" else "video_grid_thw")
-            rows = check_grid(grid, filled, merge=vision.spatial_merge_size, kind=kind)
+            rows = self._check_grid(kind, data, filled)
             if name == MultimodalInputFormat.PROCESSOR_OUTPUT:
                 channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
                 width = channels * vision.temporal_patch_size * vision.patch_size**2
                 check_patches(feature, rows, width, kind)
+
+    def _check_grid(self, kind: str, data: dict[str, Any], filled: int) -> int:
+        """Patches of a picture's or video's grid, which fill so many tokens."""
+        grid = data.get("image_grid_thw" if kind == "picture" else "video_grid_thw")
+        merge = self._config.hf_config.vision_config.spatial_merge_size
+        return check_grid(grid, filled, merge=merge, kind=kind)
 
 
 def _given(obj: Any, kind: str) -> list[Any]:
@@ -289,6 +303,9 @@ def _mark(processor: Any, kind: str) -> Mark | None:
     else:
         token_id, native = known.video_token_id, known.video_token
         pattern = known.video_token_regex
+        if native is not None and token_id == known.image_token_id:
+            # GLM's: what fills its frames stands for pictures.
+            token_id = processor._tokenizer.convert_tokens_to_ids(native)
     token = native if token_id is None else processor._tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
         return None

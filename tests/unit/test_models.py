@@ -19,6 +19,7 @@ from aircache_patches.support import (
     out_of_reach,
     unsupported_adapters,
     unsupported_kv_dtype,
+    unsupported_tower,
 )
 
 TEXT = {
@@ -98,13 +99,32 @@ def test_out_of_reach(
     assert reason in (out_of_reach(ModelConfig(str(tmp_path))) or "")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen", "llava_next"),
+        *("glm4v_moe", "glm_ocr", "mistral3", "pixtral", "lighton_ocr"),
+    ],
+)
 def test_within_reach(tmp_path: Path, family: str) -> None:
     from aircache_sglang.testing import checkpoints
 
     model = ModelConfig(str(getattr(checkpoints, f"make_{family}")(tmp_path)))
     assert model.hf_config.architectures[0] in ARCHITECTURES
     assert out_of_reach(model) is None and model.is_multimodal
+    assert list(unsupported_tower("auto", model, "--kv-policy aircache")) == []
+
+
+def test_llava_is_served_on_the_fallback_alone(tmp_path: Path) -> None:
+    from aircache_sglang.testing.checkpoints import make_llava
+
+    model = ModelConfig(str(make_llava(tmp_path)))
+    assert model.hf_config.architectures[0] in ARCHITECTURES
+    assert out_of_reach(model) is None and model.is_multimodal
+    [sentence] = unsupported_tower("auto", model, "--kv-policy aircache")
+    assert "LlavaForConditionalGeneration with a clip_vision_model" in sentence
+    assert sentence.endswith("; add --model-impl transformers")
+    assert list(unsupported_tower("transformers", model, "--kv-policy aircache")) == []
 
 
 @pytest.mark.parametrize(
@@ -142,13 +162,19 @@ def test_kv_that_the_kernels_cannot_read(
     assert all(sentence in text and "--kv-cache-dtype auto" in text for text in found)
 
 
-# SGLang's own classes; the others of ARCHITECTURES are LLaVA's and its Transformers fallback.
+# SGLang's own classes; the others of ARCHITECTURES are LLaVA's of its authors and the fallback.
 NATIVE = {
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     "InternVLChatModel": "internvl",
+    "Glm4vForConditionalGeneration": "glm4v",
+    "Glm4vMoeForConditionalGeneration": "glm4v_moe",
+    "GlmOcrForConditionalGeneration": "glm_ocr",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "LightOnOCRForConditionalGeneration": "lightonocr",
+    "LlavaForConditionalGeneration": "llava",
 }
 
 

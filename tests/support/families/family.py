@@ -72,6 +72,7 @@ class Family:
     several: fields that a request with several pictures needs.
     flags: what its server needs besides.
     has_tree: whether SGLang serves it with a radix cache.
+    adjacent: whether SGLang tells pictures apart that have no text between them.
     """
 
     make: Callable[[Path], Path]
@@ -83,6 +84,7 @@ class Family:
     several: dict[str, Any] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
     has_tree: bool = True
+    adjacent: bool = True
 
     def prompt(self, *turns: Sequence[Part], system: str | None = None) -> Prompt:
         """A conversation of user and assistant turns, a user's last, as ChatML."""
@@ -131,6 +133,28 @@ class Reader(Oracle):
         return self.processor(
             text=[text], images=images or None, videos=videos or None, return_tensors="pt"
         )
+
+
+def decoder_of(frames: np.ndarray) -> Any:
+    """A video as SGLang's processors are given it; frames are uint8 [T, H, W, 3]."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    class Decoded(VideoDecoderWrapper):
+        avg_fps = FRAMES_PER_SECOND
+
+        def __init__(self) -> None:
+            self._frames = torch.from_numpy(frames)
+
+        def __len__(self) -> int:
+            return len(self._frames)
+
+        def get_frames_as_tensor(self, indices: list[int]) -> torch.Tensor:
+            return self._frames[indices]
+
+        def close(self) -> None:
+            pass
+
+    return Decoded()
 
 
 def frames_of(path: str) -> np.ndarray:
