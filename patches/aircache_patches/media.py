@@ -80,6 +80,13 @@ READERS = {
 }
 
 
+def get_mm_processor(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND get_mm_processor: of Mistral 3 and Pixtral the tower's own. The one around it
+    (multimodal/processors/llava.py) is never initialized, so that `/flush_cache` is an HTTP 500."""
+    processor = original(*args, **kwargs)
+    return getattr(processor, "inner", processor)
+
+
 async def tokenize_one_request(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any
 ) -> Any:
@@ -89,13 +96,11 @@ async def tokenize_one_request(
     """
     if manager.mm_processor is None or not obj.contains_mm_input():
         return await original(manager, obj)
-    # LlavaForConditionalGeneration has one around its tower's (multimodal/processors/llava.py).
-    processor = getattr(manager.mm_processor, "inner", manager.mm_processor)
-    reader = READERS.get(type(processor).__name__)
+    reader = READERS.get(type(manager.mm_processor).__name__)
     try:
         if reader is None:
             return await original(manager, obj)
-        checked = _Checked(manager.model_config, processor, reader, obj)
+        checked = _Checked(manager, reader, obj)
         tokenized = await original(manager, checked.request)
         checked.look_at(tokenized)
     except ValueError as error:
@@ -162,9 +167,10 @@ class _Checked:
     request: the request, its prompt as the processors can read it.
     """
 
-    def __init__(self, config: Any, processor: Any, reader: Reader, obj: Any) -> None:
+    def __init__(self, manager: Any, reader: Reader, obj: Any) -> None:
         self.request = obj
-        self._config, self._processor, self._reader = config, processor, reader
+        self._config, self._processor = manager.model_config, manager.mm_processor
+        self._reader = reader
         self._runs: list[tuple[Mark, list[int]]] = []
         self._prepared: set[str] = set()
         for kind in KINDS:

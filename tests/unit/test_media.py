@@ -218,7 +218,12 @@ def test_a_video_whose_frames_are_filled_as_pictures(field: str) -> None:
 
 def test_a_processor_around_another() -> None:
     """As that of LlavaForConditionalGeneration, which has no words of its own."""
-    processor = SimpleNamespace(inner=PixtralProcessor(), mm_tokens=None)
+    inner = PixtralProcessor()
+    processor = media.get_mm_processor(
+        lambda config, worker: SimpleNamespace(inner=config), inner, worker=1
+    )
+    assert processor is inner
+    assert media.get_mm_processor(lambda: inner) is inner
     request = request_of("[IMG] and [IMG]", image_data=["x.png"])
     with pytest.raises(ValueError, match=r"speaks of 2 pictures .*; write \[IMG\] once for each"):
         tokenize(request, AssertionError("loaded"), processor)
