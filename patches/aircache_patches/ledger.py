@@ -67,6 +67,11 @@ def hooks() -> list[Hook]:
             around,
         ),
         Hook(
+            srt + "managers.multimodal_processor.get_mm_processor",
+            media.get_mm_processor,
+            around,
+        ),
+        Hook(
             srt + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
             media.tokenize_one_request,
             around,

@@ -59,7 +59,8 @@ class Reader:
     ids: it takes the prompt as token ids. prepared: it takes embeddings and processor outputs in
     place of pictures. adds: it writes the marks that a prompt lacks. strict: a mark of a kind of
     which the request brings nothing is an error; else it is text. encloses: what stands between two
-    tokens is a picture to it, and a text may say these tokens too.
+    tokens is a picture to it, and a text may say these tokens too. one_token: frames of a video are
+    filled with the token of pictures, and only tokens that a text may say too tell them apart.
     """
 
     ids: bool = False
@@ -67,6 +68,7 @@ class Reader:
     adds: bool = False
     strict: bool = False
     encloses: bool = False
+    one_token: bool = False
 
 
 # Of the families in support.py, by the class in sglang/srt/multimodal/processors.
@@ -78,8 +80,18 @@ READERS = {
     "MiniCPMMultimodalProcessor": Reader(strict=True, encloses=True),
     "DotsVLMImageProcessor": Reader(ids=True, strict=True),
     "Step3VLImageProcessor": Reader(ids=True, strict=True),
+    "Glm4vImageProcessor": Reader(ids=True, strict=True, one_token=True),
+    "PixtralProcessor": Reader(ids=True, strict=True),
+    "LightOnOCRProcessor": Reader(ids=True, strict=True),
     "TransformersAutoMultimodalProcessor": Reader(),
 }
+
+
+def get_mm_processor(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND get_mm_processor: of Mistral 3 and Pixtral the tower's own. The one around it
+    (multimodal/processors/llava.py) is never initialized, so that `/flush_cache` is an HTTP 500."""
+    processor = original(*args, **kwargs)
+    return getattr(processor, "inner", processor)
 
 
 async def tokenize_one_request(
@@ -164,7 +176,8 @@ class _Checked:
 
     def __init__(self, manager: Any, reader: Reader, obj: Any) -> None:
         self.request = obj
-        self._manager, self._processor, self._reader = manager, manager.mm_processor, reader
+        self._config, self._processor = manager.model_config, manager.mm_processor
+        self._reader = reader
         self._runs: list[tuple[Mark, list[int]]] = []
         self._prepared: set[str] = set()
         for kind in KINDS:
@@ -248,35 +261,43 @@ class _Checked:
             if known is not None:
                 for item in of_kind:
                     check_enclosed(item.offsets, ids, known)
-            # None where the model itself finds their place, as LLaVA's (models/llava.py).
-            spans = [item.offsets for item in of_kind if item.offsets is not None]
             # A prompt that is too long was cut before; SGLang itself refuses it behind this.
             length = len(ids) if kind in self._prepared else sys.maxsize
-            for offsets in spans:
-                check_spans(offsets, length, kind)
+            for item in of_kind:
+                # None where the model itself finds their place, as LLaVA's (models/llava.py).
+                if item.offsets is None:
+                    continue
+                filled = check_spans(item.offsets, length, kind)
+                if self._reader.one_token:
+                    vision = self._processor.hf_config.vision_config
+                    _check_grid(kind, item.model_specific_data, filled, vision)
 
     def _check_prepared(
         self, kind: str, data: dict[str, Any], name: MultimodalInputFormat, feature: torch.Tensor
     ) -> None:
         filled, processor = self._filled(kind, data), self._processor
-        config = self._manager.model_config
         # Of Qwen3-Omni the processor has the thinker's.
         vision = processor.hf_config.vision_config
         if name == MultimodalInputFormat.PRECOMPUTED_EMBEDDING:
             # Qwen3-VL's encoder puts out what its deepstack layers add as well.
             parts = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-            check_embedding(feature, filled, config.hidden_size * parts, kind)
+            check_embedding(feature, filled, self._config.hidden_size * parts, kind)
         elif hasattr(processor, "num_image_token"):
             side, tokens = vision.image_size, processor.num_image_token
             check_tiles(feature, filled, side=side, tokens=tokens, kind=kind)
         if hasattr(vision, "spatial_merge_size") and "mrope_positions" not in data:
             # Of Qwen*-VL: their positions follow from the grid.
-            grid = data.get("image_grid_thw" if kind == "picture" else "video_grid_thw")
-            rows = check_grid(grid, filled, merge=vision.spatial_merge_size, kind=kind)
+            rows = _check_grid(kind, data, filled, vision)
             if name == MultimodalInputFormat.PROCESSOR_OUTPUT:
                 channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
                 width = channels * vision.temporal_patch_size * vision.patch_size**2
                 check_patches(feature, rows, width, kind)
+
+
+def _check_grid(kind: str, data: dict[str, Any], filled: int, vision: Any) -> int:
+    """Patches of a picture's or video's grid, which fill so many tokens."""
+    grid = data.get("image_grid_thw" if kind == "picture" else "video_grid_thw")
+    return check_grid(grid, filled, merge=vision.spatial_merge_size, kind=kind)
 
 
 def _given(obj: Any, kind: str) -> list[Any]:
@@ -301,6 +322,9 @@ def _mark(processor: Any, kind: str) -> Mark | None:
     elif kind == "video":
         token_id, native = known.video_token_id, known.video_token
         pattern = known.video_token_regex
+        if native is not None and token_id == known.image_token_id:
+            # GLM's: what fills its frames stands for pictures.
+            token_id = processor._tokenizer.convert_tokens_to_ids(native)
     else:
         token_id, native = known.audio_token_id, known.audio_token
         pattern = known.audio_token_regex

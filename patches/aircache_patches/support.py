@@ -11,7 +11,8 @@ from typing import Any
 from aircache_sglang.config import AirCacheConfig
 
 # Served and tested; see docs/models.md. LlavaQwenForCausalLM is LLaVA-OneVision and LLaVA-NeXT in
-# the form of their authors; the last three run on SGLang's Transformers fallback.
+# the form of their authors, LlavaForConditionalGeneration is Pixtral and LLaVA-1.5 in that of
+# Transformers; the last four run on SGLang's Transformers fallback.
 ARCHITECTURES = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
@@ -23,8 +24,15 @@ ARCHITECTURES = (
     "Qwen3OmniMoeForConditionalGeneration",
     "DotsOCRForCausalLM",
     "StepVLForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "LightOnOCRForConditionalGeneration",
+    "LlavaForConditionalGeneration",
     "LlavaQwenForCausalLM",
     "LlavaOnevisionForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
@@ -281,6 +289,7 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
             f"{architecture}; serve it without --kv-policy"
         )
     yield from unsupported_dtype(model, policy)
+    yield from unsupported_tower(server_args.model_impl, model, policy)
     if not model.is_generation or not model.is_multimodal:
         yield (
             f"{policy} needs a model that answers with text about pictures, and "
@@ -301,6 +310,23 @@ def unsupported_dtype(model: Any, policy: str) -> Iterator[str]:
         yield (
             f"{policy} serves {architecture} in bfloat16 alone, got {model.dtype}; "
             "use --dtype bfloat16"
+        )
+
+
+def unsupported_tower(model_impl: str, model: Any, policy: str) -> Iterator[str]:
+    """LLaVA-1.5 on SGLang 0.5.23's own class, which finds none for CLIP (models/llava.py:788).
+
+    model_impl: as in --model-impl; model: SGLang's ModelConfig.
+    """
+    architecture = model.hf_config.architectures[0]
+    if architecture != "LlavaForConditionalGeneration" or model_impl == "transformers":
+        return
+    tower = model.hf_config.vision_config.model_type
+    if tower != "pixtral":
+        yield (
+            f"{policy} serves {architecture} with a {tower} on SGLang's Transformers fallback "
+            "alone, since SGLang 0.5.23 itself fails to start it otherwise; "
+            "add --model-impl transformers"
         )
 
 

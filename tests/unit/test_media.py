@@ -75,6 +75,24 @@ class MiniCPMMultimodalProcessor(QwenVLImageProcessor):
     mm_tokens.parse_regex()
 
 
+class Glm4vImageProcessor:
+    """Frames of a video are filled with the token of pictures."""
+
+    mm_tokens = MultimodalSpecialTokens(
+        image_token="<|image|>", image_token_id=PAD, video_token="<|video|>", video_token_id=PAD
+    ).build(None)
+    _tokenizer = SimpleNamespace(
+        convert_ids_to_tokens={PAD: "<|image|>", VIDEO: "<|video|>"}.__getitem__,
+        convert_tokens_to_ids={"<|image|>": PAD, "<|video|>": VIDEO}.__getitem__,
+    )
+    hf_config = QwenVLImageProcessor.hf_config
+
+
+class PixtralProcessor(Glm4vImageProcessor):
+    mm_tokens = MultimodalSpecialTokens(image_token="[IMG]", image_token_id=PAD).build(None)
+    _tokenizer = SimpleNamespace(convert_ids_to_tokens={PAD: "[IMG]"}.__getitem__)
+
+
 def manager_of(processor: Any) -> Any:
     return SimpleNamespace(mm_processor=processor, model_config=SimpleNamespace(hidden_size=WIDTH))
 
@@ -212,6 +230,50 @@ def test_sounds() -> None:
     request = request_of(PICTURE, image_data=["x.png"], audio_data=["x.wav"])
     with pytest.raises(ValueError, match="no place for the request's sound"):
         tokenize(request, [item_of(2, 5)])
+
+
+def frames_of(*spans: tuple[int, int], height: int = 4) -> MultimodalDataItem:
+    """A video of a frame a span, each of height x 4 patches, four of which are one token."""
+    item = MultimodalDataItem(modality=Modality.VIDEO, offsets=list(spans))
+    item.set("video_grid_thw", torch.tensor([[len(spans), height, 4]]))
+    return item
+
+
+@pytest.mark.parametrize("field", ["text", "input_ids"])
+def test_a_video_whose_frames_are_filled_as_pictures(field: str) -> None:
+    processor = Glm4vImageProcessor()
+    words = {"text": "a <|image|> and <|video|>", "input_ids": [9, PAD, 9, VIDEO]}[field]
+    request = request_of(**{field: words}, image_data=["x.png"], video_data=["x.mp4"])
+    picture = item_of(0, 3)
+    picture.set(*next(iter(GRID.items())))
+    items = [picture, frames_of((4, 7), (9, 12))]
+    assert getattr(tokenize(request, items, processor, 14), field) == words
+    # A text that says where a video ends hides what follows.
+    with pytest.raises(ValueError, match="fills 8 tokens, and the prompt keeps 6 for it"):
+        tokenize(request, [picture, frames_of((4, 6), (9, 11))], processor, 14)
+    for image_data, video_data in ((["x.png"] * 2, ["x.mp4"]), (["x.png"], ["x.mp4"] * 2)):
+        request = request_of(**{field: words}, image_data=image_data, video_data=video_data)
+        with pytest.raises(ValueError, match=r"speaks of 1 (picture|video) and .* brings 2"):
+            tokenize(request, AssertionError("loaded"), processor)
+
+
+def test_a_processor_around_another() -> None:
+    """As that of LlavaForConditionalGeneration, which has no words of its own."""
+    inner = PixtralProcessor()
+    processor = media.get_mm_processor(
+        lambda config, worker: SimpleNamespace(inner=config), inner, worker=1
+    )
+    assert processor is inner
+    assert media.get_mm_processor(lambda: inner) is inner
+    request = request_of("[IMG] and [IMG]", image_data=["x.png"])
+    with pytest.raises(ValueError, match=r"speaks of 2 pictures .*; write \[IMG\] once for each"):
+        tokenize(request, AssertionError("loaded"), processor)
+    request = request_of(input_ids=[9, PAD, 9], image_data=["x.png"])
+    rows = MultimodalDataItem(modality=Modality.IMAGE, offsets=[(1, 2), (4, 5)])
+    assert tokenize(request, [rows], processor).input_ids == [9, PAD, 9]
+    with pytest.raises(ValueError, match="no place for the request's video"):
+        request = request_of("[IMG]", image_data=["x.png"], video_data=["x.mp4"])
+        tokenize(request, [rows], processor)
 
 
 def test_an_unknown_processor_is_left_alone() -> None:

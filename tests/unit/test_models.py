@@ -21,6 +21,7 @@ from aircache_patches.support import (
     unsupported_adapters,
     unsupported_dtype,
     unsupported_kv_dtype,
+    unsupported_tower,
 )
 
 TEXT = {
@@ -103,8 +104,9 @@ def test_out_of_reach(
 @pytest.mark.parametrize(
     "family",
     [
-        *("qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen"),
+        *("qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen", "llava_next"),
         *("paddleocr_vl", "minicpm_v", "qwen3_omni", "dots_ocr", "step_vl"),
+        *("glm4v_moe", "glm_ocr", "mistral3", "pixtral", "lighton_ocr"),
     ],
 )
 def test_within_reach(tmp_path: Path, family: str) -> None:
@@ -114,6 +116,19 @@ def test_within_reach(tmp_path: Path, family: str) -> None:
     model = ModelConfig(path, trust_remote_code=family == "minicpm_v")
     assert model.hf_config.architectures[0] in ARCHITECTURES
     assert out_of_reach(model) is None and model.is_multimodal
+    assert list(unsupported_tower("auto", model, "--kv-policy aircache")) == []
+
+
+def test_llava_is_served_on_the_fallback_alone(tmp_path: Path) -> None:
+    from aircache_sglang.testing.checkpoints import make_llava
+
+    model = ModelConfig(str(make_llava(tmp_path)))
+    assert model.hf_config.architectures[0] in ARCHITECTURES
+    assert out_of_reach(model) is None and model.is_multimodal
+    [sentence] = unsupported_tower("auto", model, "--kv-policy aircache")
+    assert "LlavaForConditionalGeneration with a clip_vision_model" in sentence
+    assert sentence.endswith("; add --model-impl transformers")
+    assert list(unsupported_tower("transformers", model, "--kv-policy aircache")) == []
 
 
 @pytest.mark.parametrize(
@@ -172,7 +187,7 @@ def test_the_model_inside_minicpm_v_is_given_what_its_wrapper_got() -> None:
     assert initialize_model(plain) is None and not hasattr(plain, "shared_experts_config")
 
 
-# SGLang's own classes; the others of ARCHITECTURES are LLaVA's and its Transformers fallback.
+# SGLang's own classes; the others of ARCHITECTURES are LLaVA's of its authors and the fallback.
 NATIVE = {
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
@@ -184,6 +199,12 @@ NATIVE = {
     "Qwen3OmniMoeForConditionalGeneration": "qwen3_omni_moe",
     "DotsOCRForCausalLM": "dots_ocr",
     "StepVLForConditionalGeneration": "step3_vl_10b",
+    "Glm4vForConditionalGeneration": "glm4v",
+    "Glm4vMoeForConditionalGeneration": "glm4v_moe",
+    "GlmOcrForConditionalGeneration": "glm_ocr",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "LightOnOCRForConditionalGeneration": "lightonocr",
+    "LlavaForConditionalGeneration": "llava",
 }
 
 

@@ -98,6 +98,7 @@ class Family:
     sound: what stands for a sound in a prompt; None where SGLang has none.
     expansion: what SGLang's processor writes for the i-th picture; for families without a reader.
     is_mended: whether stock SGLang does not start it, and is compared with one that does.
+    adjacent: whether SGLang tells pictures apart that have no text between them.
     """
 
     make: Callable[[Path], Path]
@@ -112,6 +113,7 @@ class Family:
     sound: str | None = None
     expansion: Callable[[int, Image.Image], str] | None = None
     is_mended: bool = False
+    adjacent: bool = True
 
     def prompt(self, *turns: Sequence[Part], system: str | None = None) -> Prompt:
         """A conversation of user and assistant turns, a user's last, as ChatML."""
@@ -170,6 +172,28 @@ class Reader(Oracle):
         return self.processor(
             text=[text], images=images or None, videos=videos or None, return_tensors="pt"
         )
+
+
+def decoder_of(frames: np.ndarray) -> Any:
+    """A video as SGLang's processors are given it; frames are uint8 [T, H, W, 3]."""
+    from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+
+    class Decoded(VideoDecoderWrapper):
+        avg_fps = FRAMES_PER_SECOND
+
+        def __init__(self) -> None:
+            self._frames = torch.from_numpy(frames)
+
+        def __len__(self) -> int:
+            return len(self._frames)
+
+        def get_frames_as_tensor(self, indices: list[int]) -> torch.Tensor:
+            return self._frames[indices]
+
+        def close(self) -> None:
+            pass
+
+    return Decoded()
 
 
 def frames_of(path: str) -> np.ndarray:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from aircache_sglang.testing.checkpoints import (
+    make_llava,
+    make_llava_next,
     make_llava_next_video,
     make_llava_onevision,
     make_llava_qwen,
@@ -23,5 +25,12 @@ FAMILIES = {
     ),
     "llava-next-video": Family(
         *(make_llava_next_video, "<image>", "<video>", Reader, WORDS), has_tree=False
+    ),
+    "llava-next": Family(*(make_llava_next, "<image>", None, Reader, WORDS), has_tree=False),
+    # SGLang's own class does not start with CLIP.
+    "llava-1.5": Family(
+        *(make_llava, "<image>", None, Reader, WORDS),
+        flags=("--model-impl", "transformers"),
+        has_tree=False,
     ),
 }

@@ -7,12 +7,11 @@ import asyncio
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers.vision_utils import get_vision_cu_seqlens
 
 from aircache_sglang.testing.checkpoints import make_qwen2_5_vl, make_qwen3_vl, make_qwen3_vl_moe
-from tests.support.families.family import FRAMES_PER_SECOND, Family, Reader, Words
+from tests.support.families.family import Family, Reader, Words, decoder_of
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -26,24 +25,8 @@ class QwenReader(Reader):
         self, text: str, images: list[Image.Image], videos: list[np.ndarray], **fields: Any
     ) -> Any:
         from sglang.srt.multimodal.processors.qwen_vl import preprocess_video
-        from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
-        class Decoded(VideoDecoderWrapper):
-            def __init__(self, frames: np.ndarray) -> None:
-                self._frames = torch.from_numpy(frames)
-
-            def __len__(self) -> int:
-                return len(self._frames)
-
-            avg_fps = FRAMES_PER_SECOND
-
-            def get_frames_as_tensor(self, indices: list[int]) -> torch.Tensor:
-                return self._frames[indices]
-
-            def close(self) -> None:
-                pass
-
-        sampled = [asyncio.run(preprocess_video(Decoded(video))) for video in videos]
+        sampled = [asyncio.run(preprocess_video(decoder_of(video))) for video in videos]
         if sampled and "Qwen3VL" in type(self.processor).__name__:
             fields["video_metadata"] = [data for _, data in sampled]
             fields["do_sample_frames"] = False

@@ -28,7 +28,6 @@ def conversations(family: Family, folder: Path) -> dict[str, Prompt]:
     shapes = {
         "picture first": family.prompt([seen[0], QUESTION]),
         "picture last": family.prompt(["here is the garden" + words(9), seen[1]]),
-        "adjacent pictures": family.prompt([seen[0], seen[1], "how many birds do you see?"]),
         "text between": family.prompt(
             [*("first" + words(12), seen[0], "then" + words(15), seen[2]), "what has changed?"],
             system="you look at pictures and say what is in them.",
@@ -39,8 +38,13 @@ def conversations(family: Family, folder: Path) -> dict[str, Prompt]:
             ["and here?", seen[1], "say what you see."],
         ),
     }
+    if family.adjacent:
+        shapes["adjacent pictures"] = family.prompt(
+            [seen[0], seen[1], "how many birds do you see?"]
+        )
     if family.video is not None:
-        videos = [make_video(folder / f"{i}.png", i) for i in range(2)]
+        # At 28 pixels a token and two frames a step, more tokens than are left alone.
+        videos = [make_video(folder / f"{i}.png", i, side=140) for i in range(2)]
         shapes["video"] = family.prompt([videos[0], "what do they play?"])
         shapes["picture, video, text"] = family.prompt(
             ["look at this", seen[2], "and then at", videos[1], words(5)], system="be short."
