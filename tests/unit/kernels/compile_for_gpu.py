@@ -62,6 +62,9 @@ SERVED = {
     "qwen3-vl-30b": Shape(48, 32, 4, 128),
     "internvl-1b": Shape(24, 14, 2, 64),
     "internvl-26b": Shape(48, 48, 8, 128),
+    "glm-4.1v-9b": Shape(40, 32, 2, 128),
+    "glm-4.5v": Shape(46, 96, 8, 128),
+    "llava-1.5-7b": Shape(32, 32, 32, 128),
 }
 # Beyond them: all that the kernels accept.
 OTHERS = {

@@ -99,7 +99,8 @@ def test_batches(tmp_path: Path) -> None:
     "shape",
     [
         *("qwen2-vl-2b", "qwen2-vl-72b", "qwen2.5-vl-3b", "qwen3-vl-8b", "qwen3-vl-30b"),
-        *("internvl-1b", "internvl-26b", "head of 256", "head of 80", "head of 16", "group of 71"),
+        *("internvl-1b", "internvl-26b", "glm-4.1v-9b", "glm-4.5v", "llava-1.5-7b"),
+        *("head of 256", "head of 80", "head of 16", "group of 71"),
     ],
 )
 @pytest.mark.parametrize("capability", SHARED)
