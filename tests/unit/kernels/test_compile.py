@@ -26,6 +26,8 @@ KERNELS = {
     "_importance_fwd_kernel",
     "_statistics_fwd_kernel",
     "_budgets_fwd_kernel",
+    "_histogram_fwd_kernel",
+    "_global_budgets_fwd_kernel",
     "_select_fwd_kernel",
     "_pack_fwd_kernel",
     "_rows_fwd_kernel",
