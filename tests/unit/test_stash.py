@@ -105,7 +105,8 @@ class Server:
             req = self.waiting[0]
             if self.chunked_req is not None and len(req.origin_input_ids) > self.left:
                 break
-            if prefill.add_one_req(self.add, None, req) is not AddReqResult.CONTINUE:
+            adder = SimpleNamespace(can_run_list=[other for other, _ in self.batch])
+            if prefill.add_one_req(self.add, adder, req) is not AddReqResult.CONTINUE:
                 break
             self.waiting.pop(0)
 
