@@ -258,15 +258,14 @@ class _Checked:
             if _given(self.request, kind) and not of_kind:
                 raise ValueError(f"the prompt has no place for the request's {kind}")
             known = _mark(self._processor, kind) if self._reader.encloses else None
-            if known is not None:
-                for item in of_kind:
-                    check_enclosed(item.offsets, ids, known)
             # A prompt that is too long was cut before; SGLang itself refuses it behind this.
             length = len(ids) if kind in self._prepared else sys.maxsize
             for item in of_kind:
                 # None where the model itself finds their place, as LLaVA's (models/llava.py).
                 if item.offsets is None:
                     continue
+                if known is not None:
+                    check_enclosed(item.offsets, ids, known)
                 filled = check_spans(item.offsets, length, kind)
                 if self._reader.one_token:
                     vision = self._processor.hf_config.vision_config

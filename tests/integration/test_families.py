@@ -20,10 +20,9 @@ from aircache_sglang.testing import Server, ServerError
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
-from tests.integration.storm import loads, wait_idle
 from tests.support.bad_requests import assert_all_end_well
 from tests.support.families import FAMILIES, make_sound, make_video
-from tests.support.families.served import CHUNKS, QUESTION, Served, conversations, make_server
+from tests.support.families.served import CHUNKS, QUESTION, Served, conversations, serve
 
 pytestmark = [
     pytest.mark.server,
@@ -38,13 +37,9 @@ SHAPES = ("text between", "picture, video, text", "picture, sound, text")
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("family")
-    checkpoint = family.make(folder / "model")
-    prompts = conversations(family, folder)
-    with make_server(family, checkpoint, "aircache") as server:
-        reader = None if family.reader is None else family.reader(checkpoint)
-        yield Served(family, checkpoint, prompts, server, reader=reader)
+    with serve(FAMILIES[request.param], folder) as served:
+        yield served
 
 
 def test_transformers_agrees(served: Served) -> None:
@@ -65,12 +60,7 @@ def test_no_request_ends_the_server(served: Served, tmp_path: Path) -> None:
 
 
 def test_no_slot_is_lost(served: Served) -> None:
-    """After everything above; the strict checks of the server would have ended it otherwise."""
-    server = served.server
-    wait_idle(server)
-    server.flush_cache()
-    assert loads(server)["num_used_tokens"] == 0
-    assert server.metrics()["sglang:aircache_columns_held"] == 0
+    served.assert_no_slot_is_lost()
 
 
 @pytest.fixture(scope="module")

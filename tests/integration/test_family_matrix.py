@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from aircache_sglang.platform import has_accelerator
-from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import assert_agrees
 from aircache_sglang.testing.prompts import max_logprob_difference, picture
-from tests.integration.storm import loads, wait_idle
 from tests.support.chats import cached, carried, next_turn
 from tests.support.families import FAMILIES
-from tests.support.families.served import QUESTION, Served, conversations, make_server
+from tests.support.families.served import QUESTION, Served, serve
 
 pytestmark = [
     pytest.mark.server,
@@ -33,19 +30,9 @@ TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("family")
-    checkpoint = family.make(folder / "model")
-    prompts = conversations(family, folder)
-    stock, server = (make_server(family, checkpoint, policy) for policy in ("none", "aircache"))
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.terminate)
-        stack.callback(stock.terminate)
-        # Much of a start is waiting.
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(Server.start, (stock, server)))
-        reader = None if family.reader is None else family.reader(checkpoint)
-        yield Served(family, checkpoint, prompts, server, stock, reader)
+    with serve(FAMILIES[request.param], folder, beside_stock=True) as served:
+        yield served
 
 
 def test_retention_1_is_stock(served: Served) -> None:
@@ -113,8 +100,4 @@ def test_a_short_storm(served: Served) -> None:
 
 
 def test_no_slot_is_lost(served: Served) -> None:
-    """After everything above; the strict checks of the server would have ended it otherwise."""
-    wait_idle(served.server)
-    served.server.flush_cache()
-    assert loads(served.server)["num_used_tokens"] == 0
-    assert served.server.metrics()["sglang:aircache_columns_held"] == 0
+    served.assert_no_slot_is_lost()

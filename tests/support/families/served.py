@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import Prompt, ask, picture, words
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
+from tests.integration.storm import loads, wait_idle
 from tests.support.families.family import Family, Part, make_sound, make_video
 from tests.support.preloaded import PreloadedServer
 
@@ -124,3 +128,28 @@ class Served:
         assert family.expansion is None or n_prompt == len(ids)
         assert report["visual_tokens"] == n_prompt - visual.count(False)
         assert report["instruction_tokens"] == visual[::-1].index(True)
+
+    def assert_no_slot_is_lost(self) -> None:
+        """After all tests; the strict checks of the server would have ended it otherwise."""
+        wait_idle(self.server)
+        self.server.flush_cache()
+        assert loads(self.server)["num_used_tokens"] == 0
+        assert self.server.metrics()["sglang:aircache_columns_held"] == 0
+
+
+@contextlib.contextmanager
+def serve(family: Family, folder: Path, *, beside_stock: bool = False) -> Iterator[Served]:
+    """A family's server, and stock SGLang beside it if a test compares the two."""
+    checkpoint = family.make(folder / "model")
+    prompts = conversations(family, folder)
+    server = make_server(family, checkpoint, "aircache")
+    stock = make_server(family, checkpoint, "none") if beside_stock else None
+    servers = [each for each in (stock, server) if each is not None]
+    with contextlib.ExitStack() as stack:
+        for each in servers:
+            stack.callback(each.terminate)
+        # Much of a start is waiting.
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Server.start, servers))
+        reader = None if family.reader is None else family.reader(checkpoint)
+        yield Served(family, checkpoint, prompts, server, stock, reader)
