@@ -8,6 +8,8 @@ import base64
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 INSTALL = "apt-get update && apt-get install -y --no-install-recommends chromium"
@@ -49,6 +52,7 @@ class Browser:
         self._number = 0
 
     def __enter__(self) -> Browser:
+        self._profile.mkdir(exist_ok=True)
         self._log = (self._profile / "chromium.log").open("wb")
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         flags += ["--remote-debugging-port=0", "--hide-scrollbars", "--no-first-run"]
@@ -144,3 +148,31 @@ class Browser:
         """What is in the window, as PNG."""
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
+
+
+def shoot(page: Path, stem: Path, profile: Path) -> list[Path]:
+    """Screenshots of a page in light, dark and at 390 pixels of width, of a few colours each."""
+    made = []
+    with Browser(profile) as browser:
+        for name, scheme, width, height in (
+            ("light", "light", 1100, 1000),
+            ("dark", "dark", 1100, 1000),
+            ("390px", "light", 390, 1000),
+        ):
+            browser.resize(width, height)
+            browser.prefer(scheme)
+            browser.open(page)
+            path = stem.with_name(f"{stem.name}-{name}.png")
+            browser.screenshot(path)
+            with Image.open(path) as shot:
+                small = shot.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            small.save(path, optimize=True)
+            made.append(path)
+    return made
+
+
+if __name__ == "__main__":
+    # python -m tests.support.browser explain.html docs/explain
+    with tempfile.TemporaryDirectory() as folder:
+        for path in shoot(Path(sys.argv[1]), Path(sys.argv[2]), Path(folder)):
+            print(path, path.stat().st_size)
