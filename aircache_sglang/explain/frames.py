@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frames of a video that the model sees, sampled by SGLang's own functions.
 
+Not Qwen3-Omni's, whose processor resizes frames by bounds of its own.
+
 Imports SGLang, whose rules these are, and needs its video decoder (torchcodec and ffmpeg).
 """
 
@@ -10,6 +12,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from aircache_sglang.explain.geometry import Model, Panel, Unplaced, grid
@@ -19,7 +22,6 @@ QWEN = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3OmniMoeForConditionalGeneration",
 )
 GLM = (
     "Glm4vForConditionalGeneration",
@@ -75,6 +77,7 @@ def _sampled(model: Model, path: Path) -> tuple[Any, list[int], int, int]:
 
         rules = glm_processor_video_config(processor)
         frames, metadata = glm_sample_and_decode_sync(decoder, rules, processor)
+        frames = torch.as_tensor(frames).permute(0, 3, 1, 2)  # [T, H, W, 3]
     fields: dict[str, Any] = {"do_sample_frames": False}
     if model.architecture in GLM or "Qwen3VL" in model.architecture:
         fields["video_metadata"] = [metadata]
