@@ -27,6 +27,7 @@ FACE_SGLANG = (
     "aircache_sglang.engine",
     "aircache_sglang.platform",
     "aircache_sglang.frontend",
+    "aircache_sglang.explain.frames",
 )
 # What each part may import of ours; longest prefix first.
 MAY_IMPORT = {
