@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from aircache_sglang import __version__
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.runtime.decide import Intent
@@ -123,7 +123,7 @@ def layout(config: AirCacheConfig, pool: LayerContiguousKVPool, n_kv_heads: int)
     flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in _OWN}
     shape = f"{pool.layer_num} layers of {n_kv_heads} heads of {pool.k_all.shape[-1]}"
     kv = f"{shape} in {str(pool.k_all.dtype).removeprefix('torch.')}"
-    return json.dumps({"version": __version__, "KV": kv, **flags}, sort_keys=True)
+    return json.dumps({"version": version("aircache-sglang"), "KV": kv, **flags}, sort_keys=True)
 
 
 def difference(address: str, theirs: str | None, ours: str) -> str | None:
