@@ -74,6 +74,13 @@ def settle(compressor: Compressor, req: Any, manager: Any) -> str | None:
     return None
 
 
+def fail(manager: Any, req: Any, sentence: str) -> None:
+    """End one request at both servers; the next poll here finds that it has failed."""
+    # Mooncake's messages have a frame for the reason, which SGLang leaves out.
+    manager.kv_status_msg_carries_reason = True
+    manager.conclude_failure(bootstrap_room=req.bootstrap_room, failure_reason=sentence)
+
+
 def send_chunk(
     compressor: Compressor,
     scheduler: Any,
@@ -95,9 +102,10 @@ def send_chunk(
     scheduler.disagg_prefill_pending_chunk_rids.discard(req.rid)
     if record is None or record.stage is not Stage.RELEASED:
         reason = state_of(req).reason
-        sender.kv_mgr.conclude_failure(
-            bootstrap_room=req.bootstrap_room,
-            failure_reason=f"aircache: the prefill server could not pack this prompt ({reason}); "
+        fail(
+            sender.kv_mgr,
+            req,
+            f"aircache: the prefill server could not pack this prompt ({reason}); "
             "send the request again",
         )
         return

@@ -73,8 +73,7 @@ def finalize_bootstrap(original: Callable[..., bool], queue: Any, req: Any) -> b
     objection = prefill.settle(process.compressor(), req, manager)
     if objection is None:
         return original(queue, req)
-    # The next poll finds that the request has failed.
-    manager.conclude_failure(bootstrap_room=req.bootstrap_room, failure_reason=objection)
+    prefill.fail(manager, req, objection)
     return False
 
 

@@ -37,8 +37,9 @@ pytestmark = [
 ]
 
 STRICT = {
-    # Seconds for which a prefill server waits where the decode server has given a request up.
+    # Seconds for which a server waits where the other one has given a request up.
     "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "40",
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "60",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
