@@ -70,6 +70,13 @@ _SINGLE_TOKENS = {
     "session_columns": "--aircache-session-columns",
     "ablation.audience": "--aircache-ablation audience",
 }
+# Knobs that a prefill and a decode server cannot serve together (config.py, needs_one_server).
+_ONE_SERVER = {
+    "reuse": "--aircache-reuse compressed",
+    "when": "--aircache-when pressure",
+    "session_columns": "--aircache-session-columns",
+    "ablation.audience": "--aircache-ablation audience",
+}
 # As _FLAGS, of a server that prefills or decodes for another.
 _PAIR_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("disaggregation_transfer_backend", "mooncake", "--disaggregation-transfer-backend"),
@@ -189,8 +196,7 @@ def unsupported_disaggregation(view: Any, config: AirCacheConfig, policy: str) -
         )
     knob = config.needs_one_server()
     if knob is not None:
-        flag = "--aircache-" + knob.replace(".", " ").replace("_", "-")
-        yield f"{pair} {flag}; drop one of the flags"
+        yield f"{pair} {_ONE_SERVER[knob]}; drop one of the flags"
     if envs.SGLANG_DISAGG_STAGING_BUFFER.get():
         yield f"{pair} SGLANG_DISAGG_STAGING_BUFFER=1; unset it"
 
