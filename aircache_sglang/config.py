@@ -434,6 +434,21 @@ class AirCacheConfig:
             return "session_columns"
         return "ablation.audience" if self.ablation.audience == "all" else None
 
+    def needs_one_server(self) -> str | None:
+        """The knob that was turned and that a prefill and a decode server cannot serve together;
+        None for none."""
+        for knob, turned in (
+            ("min_visual_mass", self.min_visual_mass is not None),
+            ("return_selection", self.return_selection),
+            ("reuse", self.reuse == "compressed"),
+            ("when", self.when == "pressure"),
+            ("session_columns", self.session_columns is not None),
+            ("ablation.audience", self.ablation.audience == "all"),
+        ):
+            if turned:
+                return knob
+        return None
+
     def variant(self) -> tuple[Hashable, ...]:
         """What two requests must have in common to share one compressed replica."""
         size = self.retention if self.min_visual_mass is None else ("mass", self.min_visual_mass)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
-from sglang.srt.runtime_context import get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_parallel, get_spec
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, Work, adopt
+from aircache_sglang.engine.disaggregation import FREE, layout
 from aircache_sglang.engine.heads import TensorParallelHeads
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
@@ -51,6 +53,8 @@ class Compressor:
 
     records: by row of `req_to_token`. surplus: slots by row that were reserved for columns and are
     not needed, until the tree frees them.
+    arriving: by row, the requests of a decode server that are not in the table yet; None for one
+    that is not packed.
     """
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
@@ -65,6 +69,7 @@ class Compressor:
         self.config = config
         self.pool = pool
         self.records: dict[int, CompressionRecord] = {}
+        self.arriving: dict[int, CompressionRecord | None] = {}
         self.surplus: dict[int, torch.Tensor] = {}
         self._made_room = False
         self._query_room = QUERY_ROWS
@@ -80,6 +85,9 @@ class Compressor:
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
         heads.check_same((config, decode, pool.size))
+        # `null`, `prefill` or `decode`, and what the servers of a pair have in common.
+        self.mode = get_disagg().disaggregation_mode
+        self.layout = layout(config, pool, model_runner.model_config.get_total_num_kv_heads())
         self.inputs = inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self._has_tree = not model_runner.server_args.disable_radix_cache
         # torch_native has no mask for drafts (layers/attention/torch_native_backend.py).
@@ -135,10 +143,12 @@ class Compressor:
                 room = self.pool.size - 2 * self.pool.page_size
                 decision = decide(
                     *(question, self.config),
-                    room=room,
+                    # On a decode server a packed request always has fewer slots than a whole one.
+                    room=sys.maxsize if self.mode == "decode" else room,
                     pad_floor=MM_PAD_SHIFT_VALUE,
-                    costs=self.costs,
+                    costs=FREE if self.mode == "prefill" else self.costs,
                     page_size=self.pool.page_size,
+                    disaggregated=self.mode != "null",
                 )
             if isinstance(decision, Reason):
                 self.decline(req, decision)
@@ -319,6 +329,8 @@ class Compressor:
         Behind the requests' rows stand those of beams (beam_search/batch_tail.py). No prefill of
         their own has cleared what an earlier request left of them in the table.
         """
+        if self.arriving:
+            self._enter_arrived([req.kv.req_pool_idx for req in batch.reqs])
         records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
         if not any(records):
             return Work()
@@ -326,6 +338,22 @@ class Compressor:
         if len(beams):
             self.table.clear(beams)
         return Work(records=[*records, *[None] * len(beams)])
+
+    def _enter_arrived(self, rows: list[int]) -> None:
+        """Enter the requests of a decode server's batch that no prefill here has entered."""
+        device = self.pool.k_all.device
+        arrived = {row: self.arriving.pop(row) for row in rows if row in self.arriving}
+        if arrived:
+            self.table.clear(to_device(arrived, device, torch.int64))
+        for record in filter(None, arrived.values()):
+            self._enter(record)
+
+    def _enter(self, record: CompressionRecord) -> None:
+        """Write a record's budgets, which are on the host, into the table."""
+        assert record.budgets is not None, "what is entered has its budgets"
+        prompt, device = record.intent.prompt, self.pool.k_all.device
+        budgets = to_device(record.budgets.tolist(), device, torch.int64)
+        self.table.set(record.row, prompt.start, prompt.n_visual, budgets)
 
     def _verify_work(self, batch: Any) -> Work:
         """The records of a step that verifies drafts, one a row.
@@ -389,11 +417,8 @@ class Compressor:
         return whole if whole is not None and whole.ladder is None else None
 
     def _enter_replica(self, record: CompressionRecord, chunk: Chunk) -> None:
-        prompt = record.intent.prompt
-        assert record.budgets is not None, "a replica has its budgets"
-        assert chunk.start >= prompt.end, "a replica is extended behind its pictures"
-        budgets = to_device(record.budgets.tolist(), self.pool.k_all.device, torch.int64)
-        self.table.set(record.row, prompt.start, prompt.n_visual, budgets)
+        assert chunk.start >= record.intent.prompt.end, "a replica is extended behind its pictures"
+        self._enter(record)
 
     def _compress(self, reqs: list[Any]) -> None:
         """Run the pass for the requests whose prefill has just been launched to its end."""
@@ -479,7 +504,9 @@ class Compressor:
         self.pressure.forget(req)
         state_of(req).restart()
         record = self.records.pop(req.kv.req_pool_idx, None)
-        if record is not None and record.stage is Stage.RELEASED and not record.reused:
+        if record is None or record.budgets is None:
+            return record
+        if record.stage is Stage.RELEASED and not record.reused:
             self.metrics.finished(record)
         return record
 

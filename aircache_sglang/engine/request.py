@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
+from aircache_sglang.engine.disaggregation import Arrival
 from aircache_sglang.runtime.decide import Asked, Intent, Reason
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.session import Chain
@@ -28,6 +29,9 @@ class RequestState:
         until the forward that ends its prefill.
     packs: the records of the rungs to which it has been packed since, in order.
     report, reason: for the answer, once known.
+    max_new_tokens: of its answer, on a prefill server, which computes one token of it alone.
+    promised: how the prefill server sends it; None for whole.
+    arrived: how it reached the decode server; kept while it is retracted.
     bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
     """
 
@@ -39,6 +43,9 @@ class RequestState:
     packs: list[CompressionRecord] = dataclasses.field(default_factory=list)
     report: dict[str, Any] | None = None
     reason: Reason | None = None
+    max_new_tokens: int | None = None
+    promised: Intent | None = None
+    arrived: Arrival | None = None
     bare_spans: list[tuple[int, list[int]]] | None = None
     _sent: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -74,6 +81,7 @@ def asked(req: Any, *, has_tree: bool = True) -> Asked | None:
     inputs, params = req.multimodal_inputs, req.sampling_params
     if inputs is None:
         return None
+    answer = state_of(req).max_new_tokens or params.max_new_tokens
     reserved = min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS)
     if params.ignore_eos and not has_tree:
         # managers/schedule_policy.py, add_one_req_ignore_eos: the whole answer has to fit.
@@ -84,7 +92,7 @@ def asked(req: Any, *, has_tree: bool = True) -> Asked | None:
         bare_ids=frozenset({inputs.im_token_id, inputs.video_token_id} - {None}),
         expected=None if inputs.image_pad_len is None else sum(inputs.image_pad_len),
         custom_params=params.custom_params,
-        max_new_tokens=params.max_new_tokens,
+        max_new_tokens=answer,
         reserved=reserved,
         supported=(
             req.input_embeds is None

@@ -81,8 +81,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Before adapters are loaded (model_executor/model_runner.py, load_model)."""
+        """In each worker, before adapters are loaded (model_executor/model_runner.py,
+        load_model)."""
         let_adapters_be_pageable()
+        let_page_lists_be_pageable()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == ngram.ALGORITHM
@@ -129,6 +131,11 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang's default runs on Triton.
         if server_args.lora_backend == "csgmv":
             server_args.lora_backend = "torch_native"
+
+        # SGLang's default backs retracted requests up into pinned memory.
+        backup = server_args.disaggregation_decode_retraction_backup
+        if server_args.disaggregation_mode == "decode" and backup is None:
+            server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
 
         # An idle scheduler spins on a core, and here its cores are those of everybody else.
         server_args.sleep_on_idle = True
@@ -209,6 +216,20 @@ def let_adapters_be_pageable() -> None:
     """
     for name in LORA_MODULES:
         importlib.import_module(name).torch = PageableTorch("torch")  # type: ignore[attr-defined]
+
+
+def let_page_lists_be_pageable() -> None:
+    """A prefill server sends lists of pages from pageable memory, and no prefix before its prefill:
+    SGLang pins them and records CUDA events (disaggregation/prefill.py, _send_kv_chunk and
+    maybe_send_cached_prefix_chunk)."""
+    from sglang.srt.runtime_context import get_disagg
+
+    if get_disagg().disaggregation_mode != "prefill":
+        return
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+    MooncakeKVSender.supports_host_tensor_indices = False
+    os.environ["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
 
 
 def bind_ranks(ranks: int) -> None:

@@ -253,11 +253,13 @@ def decide(
     pad_floor: int,
     costs: Costs = CPU,
     page_size: int = 1,
+    disaggregated: bool = False,
 ) -> Intent | Reason | None:
     """An intent, a reason to leave a request with pictures alone, or None without pictures.
 
     config: the server's; room: slots of the pool that one request may fill; pad_floor: see
-    `read_prompt`; costs: of a pass on this device; page_size: of the pool.
+    `read_prompt`; costs: of a pass on this device; page_size: of the pool;
+    disaggregated: whether prefill and decode are on different servers.
     """
     prompt = read_prompt(
         asked.input_ids,
@@ -289,7 +291,11 @@ def decide(
         m = min(m, config.session_columns, prompt.n_visual - 1)
     if asked.max_new_tokens <= 1:
         return Reason.NO_DECODE
-    if not asked.supported or (page_size > 1 and config.needs_single_tokens()):
+    if (
+        not asked.supported
+        or (page_size > 1 and config.needs_single_tokens())
+        or (disaggregated and config.needs_one_server())
+    ):
         return Reason.UNSUPPORTED_REQUEST
     intent = Intent(
         *(config, prompt, m),

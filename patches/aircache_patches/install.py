@@ -37,8 +37,11 @@ def checked_config(server_args: Any) -> AirCacheConfig:
         raise refuse(str(error)) from error
 
 
-def install(policy: str, config: AirCacheConfig) -> None:
-    """Apply every hook of the ledger, once a process. Raises Refusal if one does not apply."""
+def install(policy: str, config: AirCacheConfig, mode: str = "null") -> None:
+    """Apply every hook of the ledger, once a process. Raises Refusal if one does not apply.
+
+    mode: the server's --disaggregation-mode.
+    """
     if process.is_installed():
         return
     found = sglang_version()
@@ -47,16 +50,18 @@ def install(policy: str, config: AirCacheConfig) -> None:
             f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, "
             f"found {found}; install one of these versions, or start without --kv-policy"
         )
-    missing = ledger.missing_targets()
+    missing = ledger.missing_targets(mode)
     if not missing:
         for step, wrapper in ledger.resolution_hooks():
             register_resolution_hook(step)(wrapper)
-        for hook in ledger.hooks():
+        for hook in ledger.hooks_for(mode):
             HookRegistry.register(hook.target, hook.function, hook.kind)
         # Idempotent; it logs, and goes on, where a target does not fit: hence the check.
         HookRegistry.apply_hooks()
         register_radix_cache()
-        missing = [h.target for h in ledger.hooks() if h.target not in HookRegistry._patched]
+        missing = [
+            h.target for h in ledger.hooks_for(mode) if h.target not in HookRegistry._patched
+        ]
     if missing:
         raise refuse(
             f"--kv-policy {policy} needs hooks that this SGLang {found} does not accept: "

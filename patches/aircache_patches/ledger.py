@@ -171,6 +171,60 @@ def hooks() -> list[Hook]:
     ]
 
 
+def disaggregation_hooks(mode: str) -> list[Hook]:
+    """Hooks of a server that prefills for others (`prefill`), or decodes (`decode`); none for
+    `null`."""
+    if mode == "null":
+        return []
+    from aircache_patches import disaggregation
+
+    around, srt = HookType.AROUND, "sglang.srt.disaggregation."
+    metadata = Hook(
+        srt + "utils.MetadataBuffers", disaggregation.AirCacheMetadataBuffers, HookType.REPLACE
+    )
+    if mode == "prefill":
+        queue = srt + "prefill.PrefillBootstrapQueue."
+        return [
+            metadata,
+            Hook(srt + "utils.get_pd_kv_layout", disaggregation.get_pd_kv_layout, around),
+            Hook(queue + "_process_req", disaggregation.process_req, around),
+            Hook(queue + "finalize_bootstrap", disaggregation.finalize_bootstrap, around),
+            Hook(queue + "_num_pages_to_send", disaggregation.num_pages_to_send, around),
+            Hook(
+                srt + "prefill.SchedulerDisaggregationPrefillMixin.send_kv_chunk",
+                disaggregation.send_kv_chunk,
+                around,
+            ),
+        ]
+    queue = srt + "decode.DecodePreallocQueue."
+    return [
+        metadata,
+        Hook(queue + "_ensure_prefill_info", disaggregation.ensure_prefill_info, around),
+        Hook(
+            queue + "_required_admission_tokens", disaggregation.required_admission_tokens, around
+        ),
+        Hook(
+            queue + "_need_space_for_single_req", disaggregation.need_space_for_single_req, around
+        ),
+        Hook(queue + "_prealloc_required_tokens", disaggregation.prealloc_required_tokens, around),
+        Hook(
+            queue + "_alloc_for_decode_prealloc", disaggregation.alloc_for_decode_prealloc, around
+        ),
+        Hook(queue + "_pre_alloc", disaggregation.pre_alloc, around),
+        Hook(queue + "_transfer_page_indices", disaggregation.transfer_page_indices, around),
+        Hook(
+            srt + "decode.DecodeTransferQueue._commit_transfer_to_req",
+            disaggregation.commit_transfer_to_req,
+            around,
+        ),
+    ]
+
+
+def hooks_for(mode: str) -> list[Hook]:
+    """All hooks of a server; mode: its --disaggregation-mode."""
+    return [*hooks(), *disaggregation_hooks(mode)]
+
+
 def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]], None]]]:
     """Wrapped steps of SGLang's argument resolution (arg_groups/pipeline.py)."""
     from aircache_patches import decode_graphs, resolution
@@ -186,10 +240,10 @@ def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]],
     ]
 
 
-def missing_targets() -> list[str]:
-    """Targets that the installed SGLang does not have."""
+def missing_targets(mode: str = "null") -> list[str]:
+    """Targets that the installed SGLang does not have; mode: as in `hooks_for`."""
     missing = []
-    for hook in hooks():
+    for hook in hooks_for(mode):
         try:
             pkgutil.resolve_name(hook.target)
         except (ImportError, AttributeError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.runtime_context import get_schedule
+from sglang.srt.runtime_context import get_disagg, get_schedule
 
 from aircache_patches import process, sessions
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
@@ -14,7 +14,14 @@ from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
     """AFTER TokenizerManager._validate_one_request: a ValueError becomes an HTTP 400."""
-    sessions.check(getattr(obj, "session_params", None))
+    session = getattr(obj, "session_params", None)
+    sessions.check(session)
+    mode = get_disagg().disaggregation_mode
+    if mode != "null" and session is not None:
+        raise ValueError(
+            "session_params needs one server for prefill and decode, and this one has "
+            f"--disaggregation-mode {mode}"
+        )
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
         _, config = process.policy_in_force()
@@ -23,6 +30,12 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
         if page_size > 1 and knob is not None:
             raise ValueError(
                 f"{REQUEST_KEY}.{knob} needs --page-size 1, and this server has {page_size}"
+            )
+        knob = config.needs_one_server()
+        if mode != "null" and config.policy != "none" and knob is not None:
+            raise ValueError(
+                f"{REQUEST_KEY}.{knob} needs one server for prefill and decode, and this one has "
+                f"--disaggregation-mode {mode}"
             )
 
 

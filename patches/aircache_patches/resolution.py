@@ -74,6 +74,17 @@ def handle_cache_compatibility(server_args: Any, previous: Callable[[Any], None]
             f"--radix-cache-backend {chosen}; drop one of the two flags"
         )
     declare_resolution(server_args, "aircache.radix_cache", radix_cache_backend=BACKEND_NAME)
+    view = resolving_view(server_args)
+    if (
+        view.disaggregation_mode == "decode"
+        and view.disaggregation_decode_retraction_backup is None
+    ):
+        # SGLang's default backs up into host pools of its own radix cache.
+        declare_resolution(
+            server_args,
+            "aircache.retraction_backup",
+            disaggregation_decode_retraction_backup="cpu_tensor",
+        )
 
 
 def register_radix_cache() -> None:

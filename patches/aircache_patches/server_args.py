@@ -140,7 +140,7 @@ class AirCacheServerArgs(ServerArgs):
             super().resolve_once()
             return
         config = install.checked_config(self)
-        install.install(self.kv_policy, config)
+        install.install(self.kv_policy, config, self.disaggregation_mode)
         first = not getattr(self, "_resolution_finished", False)
         super().resolve_once()
         if first:

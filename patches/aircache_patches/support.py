@@ -41,7 +41,6 @@ ADAPTED = ARCHITECTURES[:4]
 
 # (field of SGLang's arguments, the value that is fine, the flag as the operator knows it)
 _FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("disaggregation_mode", "null", "--disaggregation-mode"),
     ("encoder_only", False, "--encoder-only"),
     ("language_only", False, "--language-only"),
     ("enable_pdmux", False, "--enable-pdmux"),
@@ -71,6 +70,41 @@ _SINGLE_TOKENS = {
     "session_columns": "--aircache-session-columns",
     "ablation.audience": "--aircache-ablation audience",
 }
+# Knobs that a prefill and a decode server cannot serve together (config.py, needs_one_server).
+_ONE_SERVER = {
+    "reuse": "--aircache-reuse compressed",
+    "when": "--aircache-when pressure",
+    "session_columns": "--aircache-session-columns",
+    "ablation.audience": "--aircache-ablation audience",
+}
+# As _FLAGS, of a server that prefills or decodes for another.
+_PAIR_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("disaggregation_transfer_backend", "mooncake", "--disaggregation-transfer-backend"),
+    (
+        "disaggregation_decode_allocation_policy",
+        "early",
+        "--disaggregation-decode-allocation-policy",
+    ),
+    ("optimistic_prefill_attempts", 0, "--optimistic-prefill-attempts"),
+    ("disaggregation_enable_kv_checksum", False, "--disaggregation-enable-kv-checksum"),
+    (
+        "disaggregation_decode_enable_radix_cache",
+        False,
+        "--disaggregation-decode-enable-radix-cache",
+    ),
+    (
+        *("disaggregation_decode_enable_offload_kvcache", False),
+        "--disaggregation-decode-enable-offload-kvcache",
+    ),
+    (
+        *("disaggregation_decode_host_receive_threshold", 1.0),
+        "--disaggregation-decode-host-receive-threshold",
+    ),
+    ("enable_pd_role_switch", False, "--enable-pd-role-switch"),
+    ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+    ("speculative_algorithm", None, "--speculative-algorithm"),
+    ("page_size", 1, "--page-size"),
+)
 # Switches of SGLang that are environment variables.
 _VARIABLES = (
     "SGLANG_RUST_SERVER",
@@ -126,6 +160,10 @@ def unsupported(server_args: Any) -> Iterator[str]:
                 f"{policy} does not work with {flag} and --page-size {view.page_size}; "
                 "use --page-size 1"
             )
+    if view.disaggregation_mode != "null":
+        yield from unsupported_disaggregation(
+            view, AirCacheConfig.from_server_args(server_args), policy
+        )
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)
@@ -137,6 +175,30 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield from unsupported_flashinfer(view, model_config_of(server_args), policy)
     if view.speculative_algorithm is not None:
         yield from unsupported_speculation(view, policy)
+
+
+def unsupported_disaggregation(view: Any, config: AirCacheConfig, policy: str) -> Iterator[str]:
+    """What a prefill and a decode server cannot serve together.
+
+    view: SGLang's resolved arguments, of one of them; config: its own flags.
+    """
+    from sglang.srt.environ import envs
+
+    pair = f"{policy} with --disaggregation-mode {view.disaggregation_mode} does not work with"
+    for field, fine, flag in _PAIR_FLAGS:
+        value = getattr(view, field)
+        if value != fine:
+            yield f"{pair} {flag if value is True else f'{flag} {value}'}; drop one of the flags"
+    if view.disaggregation_decode_retraction_backup not in (None, "cpu_tensor"):
+        yield (
+            f"{pair} --disaggregation-decode-retraction-backup "
+            f"{view.disaggregation_decode_retraction_backup}; use cpu_tensor"
+        )
+    knob = config.needs_one_server()
+    if knob is not None:
+        yield f"{pair} {_ONE_SERVER[knob]}; drop one of the flags"
+    if envs.SGLANG_DISAGG_STAGING_BUFFER.get():
+        yield f"{pair} SGLANG_DISAGG_STAGING_BUFFER=1; unset it"
 
 
 def unsupported_speculation(view: Any, policy: str) -> Iterator[str]:

@@ -27,8 +27,25 @@ REFUSED: dict[tuple[str, ...], str] = {
     (
         *("--page-size", "16", "--aircache-ablation", '{"audience": "all"}'),
     ): "with --aircache-ablation audience and --page-size 16; use --page-size 1",
-    ("--disaggregation-mode", "prefill"): "with --disaggregation-mode prefill; drop one",
-    ("--disaggregation-mode", "decode"): "with --disaggregation-mode decode; drop one",
+    (
+        *("--disaggregation-mode", "prefill", "--aircache-reuse", "compressed"),
+    ): "--disaggregation-mode prefill does not work with --aircache-reuse compressed; drop one",
+    (
+        *("--disaggregation-mode", "decode", "--aircache-when", "pressure"),
+    ): "--disaggregation-mode decode does not work with --aircache-when pressure; drop one",
+    (
+        *("--disaggregation-mode", "prefill", "--page-size", "16"),
+    ): "--disaggregation-mode prefill does not work with --page-size 16; drop one",
+    (
+        *("--disaggregation-mode", "decode", "--disaggregation-decode-enable-radix-cache"),
+    ): "does not work with --disaggregation-decode-enable-radix-cache; drop one",
+    (
+        *("--disaggregation-mode", "decode"),
+        *("--disaggregation-decode-allocation-policy", "prefill_complete"),
+    ): "with --disaggregation-decode-allocation-policy prefill_complete; drop one",
+    (
+        *("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"),
+    ): "does not work with --disaggregation-transfer-backend nixl; drop one",
     ("--encoder-only",): "with --encoder-only; drop one",
     ("--language-only",): "with --language-only; drop one",
     ("--enable-deterministic-inference",): "enable-deterministic-inference by its Triton",
@@ -109,6 +126,8 @@ ACCEPTED: list[tuple[str, ...]] = [
     ("--disable-overlap-schedule", "--chunked-prefill-size", "64"),
     ("--radix-eviction-policy", "lfu"),
     ("--speculative-algorithm", "NGRAM"),
+    ("--disaggregation-mode", "prefill"),
+    ("--disaggregation-mode", "decode"),
     ("--aircache-retention", "1", "--aircache-window", "last-5", "--aircache-alpha", "0"),
     ("--kv-policy", "h2o", "--tp-size", "2", "--aircache-ablation", '{"merge": 0.5}'),
     ("--aircache-ablation", '{"audience": "all"}'),
@@ -206,7 +225,6 @@ def test_a_model_without_pictures(outcomes: dict[tuple[str, ...], dict[str, str]
 # Fields of resolved arguments: what an ordinary server has, what is refused, and how it is named.
 # SGLang itself refuses some of these first on this machine; a server elsewhere has to, too.
 FIELDS: dict[str, tuple[Any, Any, str]] = {
-    "disaggregation_mode": ("null", "decode", "--disaggregation-mode decode"),
     "encoder_only": (False, True, "--encoder-only"),
     "language_only": (False, True, "--language-only"),
     "enable_pdmux": (False, True, "--enable-pdmux"),
@@ -241,6 +259,7 @@ def fine_on_a_cpu() -> Any:
     view = SimpleNamespace(**{field: fine for field, (fine, _, _) in FIELDS.items()})
     view.device, view.attention_backend, view.aircache_decode = "cpu", "torch_native", "auto"
     view.page_size, view.enable_mixed_chunk = 1, False
+    view.disaggregation_mode = "null"
     view.prefill_attention_backend = view.decode_attention_backend = None
     view.speculative_algorithm = None
     return view

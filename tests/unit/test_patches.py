@@ -23,6 +23,11 @@ from aircache_sglang.testing.checkpoints import make_qwen2_vl
 ROOT = Path(__file__).resolve().parents[2]
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 TARGETS = [hook.target for hook in ledger.hooks()]
+OF_A_PAIR = {
+    mode: [hook.target for hook in ledger.disaggregation_hooks(mode)]
+    for mode in ("prefill", "decode")
+}
+ALL_TARGETS = list(dict.fromkeys([*TARGETS, *OF_A_PAIR["prefill"], *OF_A_PAIR["decode"]]))
 
 
 def test_the_kernels_of_hugging_face_are_not_shadowed() -> None:
@@ -41,14 +46,15 @@ def test_this_sglang_is_a_tested_one() -> None:
     assert version("sglang") in ledger.TESTED_VERSIONS
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ALL_TARGETS)
 def test_targets_exist(target: str) -> None:
     assert callable(pkgutil.resolve_name(target))
 
 
 def test_no_target_is_hooked_twice() -> None:
-    assert len(set(TARGETS)) == len(TARGETS)
-    assert ledger.missing_targets() == []
+    for mode, more in OF_A_PAIR.items():
+        assert len({*TARGETS, *more}) == len(TARGETS) + len(more)
+        assert ledger.missing_targets(mode) == []
 
 
 def test_another_release_is_let_in_by_its_name_and_loudly(
@@ -56,7 +62,7 @@ def test_another_release_is_let_in_by_its_name_and_loudly(
 ) -> None:
     """`make upgrade-check` sets the variable; a check that comes after the version's tells."""
     monkeypatch.setattr(ledger, "TESTED_VERSIONS", ("0.0.0",))
-    monkeypatch.setattr(ledger, "missing_targets", lambda: ["the next check"])
+    monkeypatch.setattr(ledger, "missing_targets", lambda mode: ["the next check"])
     for value in ("", "1", "0.0.1"):
         monkeypatch.setenv(install.UPGRADE_CHECK, value)
         with pytest.raises(Refusal, match="is tested with SGLang 0"):
@@ -78,7 +84,7 @@ def test_a_missing_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [SERVER_ARGS, *TARGETS, *(step for step, _ in ledger.resolution_hooks())]
+    "name", [SERVER_ARGS, *ALL_TARGETS, *(step for step, _ in ledger.resolution_hooks())]
 )
 def test_the_ledger_explains_each_hook(name: str) -> None:
     text = (ROOT / "patches" / "README.md").read_text()
@@ -126,3 +132,10 @@ def test_with_a_policy_every_process_has_every_hook(model: Path) -> None:
     for state in states_of(model, "--kv-policy", "aircache"):
         assert state["original"] == dict.fromkeys(TARGETS, False)
         assert state["patched"] == sorted([SERVER_ARGS, *TARGETS])
+
+
+@pytest.mark.parametrize("mode", OF_A_PAIR)
+def test_a_server_of_a_pair_has_its_own_hooks_too(model: Path, mode: str) -> None:
+    flags = "--kv-policy", "aircache", "--disaggregation-mode", mode
+    for state in states_of(model, *flags):
+        assert state["patched"] == sorted([SERVER_ARGS, *TARGETS, *OF_A_PAIR[mode]])
