@@ -83,6 +83,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def post_load_model(self, model: torch.nn.Module) -> None:
         """Before adapters are loaded (model_executor/model_runner.py, load_model)."""
         let_adapters_be_pageable()
+        if any(type(layer).__name__ == "RadixLinearAttention" for layer in model.modules()):
+            from aircache_sglang.platform.gated_delta import serve_hybrids
+
+            serve_hybrids()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == ngram.ALGORITHM

@@ -91,11 +91,14 @@ def register_radix_cache() -> None:
 
 def _make_radix_cache(context: Any) -> Any:
     from aircache_patches import process
+    from aircache_sglang.engine.hybrid import StatefulCache
     from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()
     given = context.params, compressor, compressor.config.pin_text, compressor.metrics
+    if context.is_hybrid_ssm:
+        return StatefulCache(*given)
     if not context.enable_hierarchical_cache:
         return AirCacheRadixCache(*given)
     # Imported here: it brings all of SGLang's host pools.

@@ -24,6 +24,8 @@ ARCHITECTURES = (
     "Qwen3OmniMoeForConditionalGeneration",
     "DotsOCRForCausalLM",
     "StepVLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration",
@@ -36,6 +38,8 @@ ARCHITECTURES = (
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
+# Of the served, those in which layers with a recurrent state stand between the attending ones.
+HYBRIDS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Of which SGLang adapts the decoder and leaves the vision tower alone (`should_apply_lora`).
 ADAPTED = ARCHITECTURES[:4]
 
@@ -290,10 +294,27 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         )
     yield from unsupported_dtype(model, policy)
     yield from unsupported_tower(server_args.model_impl, model, policy)
+    yield from unsupported_beside_states(server_args, architecture, policy)
     if not model.is_generation or not model.is_multimodal:
         yield (
             f"{policy} needs a model that answers with text about pictures, and "
             f"{server_args.model_path} is served as none; drop --is-embedding or --kv-policy"
+        )
+
+
+def unsupported_beside_states(server_args: Any, architecture: str, policy: str) -> Iterator[str]:
+    """What a hybrid model's recurrent states, which end with their request, cannot follow."""
+    if architecture not in HYBRIDS:
+        return
+    if not server_args.disable_radix_cache:
+        yield (
+            f"{policy} serves {architecture} without a radix cache alone, since ours holds no "
+            "recurrent states; add --disable-radix-cache"
+        )
+    if server_args.speculative_algorithm is not None:
+        yield (
+            f"{policy} does not work with {architecture} and --speculative-algorithm "
+            f"{server_args.speculative_algorithm}; drop one of the two flags"
         )
 
 
@@ -360,7 +381,7 @@ def out_of_reach(model: Any) -> str | None:
         return "uses multi-head latent attention (MLA)"
     recurrent = ("linear_attention", "mamba", "recurrent")
     fields = ("linear_num_value_heads", "mamba_d_state", "ssm_state_size", "state_size")
-    if (
+    if model.hf_config.architectures[0] not in HYBRIDS and (
         model.attention_arch == AttentionArch.SSM
         or kinds.intersection(recurrent)
         or any(getattr(text, field, None) for field in fields)
