@@ -35,7 +35,7 @@ def make_qwen3_5(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
     return _make(Path(path), Qwen3_5Config, Qwen3_5ForConditionalGeneration, seed, text)
 
 
-def make_qwen3_5_moe(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
+def make_qwen3_5_moe(path: str | Path, *, seed: int = 2, **text: Any) -> Path:
     """The same with 4 experts, 2 of them active, and a shared one in every layer."""
     experts = {
         "moe_intermediate_size": 96,
