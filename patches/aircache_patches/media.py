@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import functools
 import logging
 import re
 import struct
@@ -50,6 +51,9 @@ _OF_A_PATH = {
     None,
     *(errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
 }
+# Models that stack the pictures of all requests of a batch, whatever their sizes
+# (models/lightonocr.py, get_image_feature).
+_STACKING = ("LightOnOCRForConditionalGeneration",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +144,10 @@ def get_embedding_and_mask(
     **kwargs: Any,
 ) -> Any:
     """AROUND get_embedding_and_mask: a precomputed embedding is itself, in every model, also beside
-    pictures of other requests that the same call encodes."""
+    pictures of other requests that the same call encodes; and pictures of several sizes are encoded
+    one by one where the model would stack them."""
+    if type(getattr(data_embedding_func, "__self__", None)).__name__ in _STACKING:
+        data_embedding_func = _of_one_size(data_embedding_func)
     if not any(item.is_precomputed_embedding() for item in embedding_items):
         return original(data_embedding_func, embedding_items, *args, **kwargs)
 
@@ -153,6 +160,18 @@ def get_embedding_and_mask(
         ]
 
     return original(embed, embedding_items, *args, **kwargs)
+
+
+def _of_one_size(encode: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """An encoder that is given pictures of one size together, and others one by one."""
+
+    @functools.wraps(encode)
+    def embed(items: list[Any]) -> Any:
+        if len({item.feature.shape[1:] for item in items}) == 1:
+            return encode(items)
+        return torch.cat([encode([item]) for item in items])
+
+    return embed
 
 
 def pad_mm_token_pairs(

@@ -438,6 +438,29 @@ def test_an_embedding_beside_pixels_of_another_request() -> None:
     assert mask.flatten().tolist() == [False, True, True, *[False] * 3, *[True] * 3, False]
 
 
+class LightOnOCRForConditionalGeneration:
+    """SGLang's own begins so: pictures are stacked (models/lightonocr.py, get_image_feature)."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
+        pixels = torch.cat([item.feature for item in items])
+        self.calls.append(len(pixels))
+        return pixels.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("sizes", [(28, 28, 28), (28, 56, 28)])
+def test_pictures_of_several_sizes_are_not_stacked(sizes: tuple[int, ...]) -> None:
+    model = LightOnOCRForConditionalGeneration()
+    items = [item_of(i, i, torch.full((1, 3, 28, sizes[i]), i + 1.0)) for i in range(3)]
+    rows = media.get_embedding_and_mask(
+        lambda encode, items: encode(items), model.get_image_feature, items
+    )
+    assert rows.flatten().tolist() == [3 * 28 * sizes[i] * (i + 1.0) for i in range(3)]
+    assert model.calls == ([3] if len(set(sizes)) == 1 else [1, 1, 1])
+
+
 def test_without_embeddings_the_encoder_is_sglangs() -> None:
     calls = []
     encode = object()
