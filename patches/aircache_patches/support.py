@@ -294,7 +294,6 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         )
     yield from unsupported_dtype(model, policy)
     yield from unsupported_tower(server_args.model_impl, model, policy)
-    yield from unsupported_beside_states(server_args, architecture, policy)
     if not model.is_generation or not model.is_multimodal:
         yield (
             f"{policy} needs a model that answers with text about pictures, and "

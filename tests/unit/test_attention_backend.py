@@ -249,7 +249,9 @@ def job(start: int, end: int, first_row: int) -> ExtendJob:
 def spied() -> Any:
     """A compressing backend around SpiedStock whose pool notes what is written."""
     written: list[Any] = []
-    pool: Any = SimpleNamespace(plane=lambda layer: layer.layer_id, write=lambda *args: written.append(args))
+    pool: Any = SimpleNamespace(
+        plane=lambda layer: layer.layer_id, write=lambda *args: written.append(args)
+    )
     backend = SpiedStock()
     adopt(backend, AttentionState(pool, Decoder(), Extender(), get_capture_attention_variant))
     backend.written = written  # type: ignore[attr-defined]

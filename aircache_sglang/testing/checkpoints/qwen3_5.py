@@ -14,7 +14,12 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
-from aircache_sglang.testing.checkpoints.checkpoint import Words, edit_json, save_model, write_qwen_processor
+from aircache_sglang.testing.checkpoints.checkpoint import (
+    Words,
+    edit_json,
+    save_model,
+    write_qwen_processor,
+)
 
 PATCH, MERGE = 16, 2
 # A quarter of a head of 64 rotates: 8 frequencies for time, height and width.
@@ -27,12 +32,12 @@ ROPE = {
 }
 
 
-def make_qwen3_5(path: str | Path, *, seed: int = 0, **text: Any) -> Path:
-    """Write a checkpoint of h / 32 * w / 32 visual tokens a picture; ``text`` changes the decoder.
+def make_qwen3_5(path: str | Path, *, seed: int = 0, patch: int = PATCH, **text: Any) -> Path:
+    """Write a checkpoint of a visual token for 2 x 2 patches; ``text`` changes the decoder.
 
     8 layers, of which the fourth and the eighth attend; 2 KV heads.
     """
-    return _make(Path(path), Qwen3_5Config, Qwen3_5ForConditionalGeneration, seed, text)
+    return _make(Path(path), Qwen3_5Config, Qwen3_5ForConditionalGeneration, seed, patch, text)
 
 
 def make_qwen3_5_moe(path: str | Path, *, seed: int = 2, **text: Any) -> Path:
@@ -48,12 +53,13 @@ def make_qwen3_5_moe(path: str | Path, *, seed: int = 2, **text: Any) -> Path:
         Qwen3_5MoeConfig,
         Qwen3_5MoeForConditionalGeneration,
         seed,
+        PATCH,
         experts | text,
     )
 
 
 def _make(
-    folder: Path, config_class: Any, model_class: Any, seed: int, text: dict[str, Any]
+    folder: Path, config_class: Any, model_class: Any, seed: int, patch: int, text: dict[str, Any]
 ) -> Path:
     words = Words()
     fields: dict[str, Any] = {
@@ -76,7 +82,7 @@ def _make(
         "num_heads": 2,
         "num_position_embeddings": 64,
         "out_hidden_size": text_config["hidden_size"],
-        "patch_size": PATCH,
+        "patch_size": patch,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
     }
@@ -102,6 +108,6 @@ def _make(
         vision_config=config.vision_config.to_dict() | {"deepstack_visual_indexes": []},
     )
     write_qwen_processor(
-        folder, words, "Qwen3VLProcessor", "Qwen2VL", PATCH, MERGE, videos="Qwen3VL"
+        folder, words, "Qwen3VLProcessor", "Qwen2VL", patch, MERGE, videos="Qwen3VL"
     )
     return folder
