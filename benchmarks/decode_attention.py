@@ -65,7 +65,11 @@ class Step:
         slots = torch.arange(1, rows)
         self.req_to_token = torch.zeros(batch, length, dtype=torch.int32)
         pool: Any = SimpleNamespace(
-            k_all=self.k_all, v_all=self.v_all, layer_num=shape.layers, rows=rows, start_layer=0
+            k_all=self.k_all,
+            v_all=self.v_all,
+            layer_num=shape.layers,
+            rows=rows,
+            plane=lambda layer: layer.layer_id,
         )
         self.table = CompressionTable(self.req_to_token, shape.layers)
         self.records: list[CompressionRecord | None] = [None] * batch

@@ -94,13 +94,13 @@ class AttentionState:
         """Keep the queries that the work names; q: [tokens, H_q * D], after RoPE."""
         if self.work.queries is not None:
             heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            self.work.queries.write(layer.layer_id - self.pool.start_layer, heads)
+            self.work.queries.write(self.pool.plane(layer), heads)
 
     def sum(self, q: torch.Tensor, layer: Any) -> None:
         """Add up attention, once this layer's keys are in the pool; q: [tokens, H_q * D]."""
         if self.work.sums:
             heads = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-            index = layer.layer_id - self.pool.start_layer
+            index = self.pool.plane(layer)
             for part in self.work.sums:
                 keys = self.pool.k_all[index].index_select(0, part.slots)
                 part.total.add(index, heads[part.source], keys, part.first, layer.scaling)

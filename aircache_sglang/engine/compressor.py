@@ -16,9 +16,10 @@ from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_atte
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_spec
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.engine.backend import AttentionState, Work, adopt
+from aircache_sglang.engine.backend import AttentionState, Work
 from aircache_sglang.engine.disaggregation import FREE, layout
 from aircache_sglang.engine.heads import TensorParallelHeads
+from aircache_sglang.engine.hybrid import adopt_attending, attending_pool
 from aircache_sglang.engine.kv_pool import LayerContiguousKVPool
 from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.model import attention_layers, attention_scale
@@ -60,7 +61,7 @@ class Compressor:
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
         """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
         batch_invariant = bool(model_runner.server_args.enable_deterministic_inference)
-        pool = model_runner.token_to_kv_pool
+        pool = attending_pool(model_runner.token_to_kv_pool)
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
                 f"--kv-policy {config.policy} needs its own KV pool, but SGLang built "
@@ -129,7 +130,7 @@ class Compressor:
             *(pool, decoder, extender, get_capture_attention_variant),
             batch_invariant=batch_invariant,
         )
-        adopt(model_runner.attn_backend, self.attention)
+        adopt_attending(model_runner.attn_backend, self.attention)
         self.pressure = Pressure(inputs, self.records, self.metrics)
 
     # Admission, on the scheduler's side

@@ -43,7 +43,10 @@ class LayerContiguousKVPool(KVPlanes, MHATokenToKVPool):
 
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store one layer's K and V, in its own type and scaling."""
-        self.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+        # A hybrid model's pool has planes for its attending layers alone, without their numbers
+        # (mem_cache/memory_pool.py, HybridLinearKVPool).
+        number = self.start_layer + self.plane(layer)
+        self.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, layer_id_override=number)
 
     def wait_for_load(self, load: int) -> None:
         """Let the current stream wait until all layers of a load from host memory are here.

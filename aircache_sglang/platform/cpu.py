@@ -85,6 +85,10 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         load_model)."""
         let_adapters_be_pageable()
         let_page_lists_be_pageable()
+        if any(type(layer).__name__ == "RadixLinearAttention" for layer in model.modules()):
+            from aircache_sglang.platform.gated_delta import serve_hybrids
+
+            serve_hybrids()
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm == ngram.ALGORITHM

@@ -174,7 +174,7 @@ class TorchDecoder(PoolReader):
     def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
         out = torch.empty_like(q)
-        index = layer.layer_id - self.pool.start_layer
+        index = self.pool.plane(layer)
         for bucket in self._buckets:
             out[bucket.members] = attend(
                 bucket,

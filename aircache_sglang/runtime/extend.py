@@ -140,7 +140,7 @@ class TorchExtender(PoolReader):
 
     def attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any) -> None:
         """Overwrite the planned rows of one layer's output; q, out: [tokens, H_q, D]."""
-        index = layer.layer_id - self.pool.start_layer
+        index = self.pool.plane(layer)
         for plan in self._plans:
             out[plan.source] = attend_extend(
                 plan, q[plan.source], self.pool.k_all, self.pool.v_all, index, layer.scaling

@@ -91,6 +91,6 @@ class FlashInferDecoder(PoolReader):
 
     def attend(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         """Attention of one layer; q: [bs, H_q, D], returns the same shape."""
-        index = layer.layer_id - self.pool.start_layer
+        index = self.pool.plane(layer)
         # FlashInfer reads q densely; a model's q may be a slice of its fused projection.
         return self._decode.run(q.contiguous(), self.pool.k_all, self.pool.v_all, index)

@@ -39,7 +39,7 @@ class KernelDecoder(PoolReader):
             q,
             self.pool.k_all,
             self.pool.v_all,
-            layer.layer_id - self.pool.start_layer,
+            self.pool.plane(layer),
             self.table.tables,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,

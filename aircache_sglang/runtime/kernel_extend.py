@@ -51,7 +51,7 @@ class KernelExtender(PoolReader):
             self._qo_indptr,
             self.pool.k_all,
             self.pool.v_all,
-            layer.layer_id - self.pool.start_layer,
+            self.pool.plane(layer),
             self.table.tables,
             self._rows,
             self._seq_lens,

@@ -16,7 +16,8 @@ class KVPlanes(ABC):
         absolute row `l * rows + slot`; slot 0 is the padding slot.
     k_buffer, v_buffer: views [rows, H_kv, D] of them by layer, as SGLang reads and writes them;
         with float8 KV they are raw bytes, while k_all and v_all have the type itself.
-    layer_num, start_layer: layers of this pool, and the model's number of the first.
+    layer_num: layers of this pool, which are all that attend.
+    model_layer_ids: the model's number of each, ascending.
     """
 
     k_all: torch.Tensor
@@ -24,7 +25,7 @@ class KVPlanes(ABC):
     k_buffer: list[torch.Tensor]
     v_buffer: list[torch.Tensor]
     layer_num: int
-    start_layer: int
+    model_layer_ids: tuple[int, ...]
 
     def create_planes(
         self,
@@ -42,6 +43,10 @@ class KVPlanes(ABC):
     def rows(self) -> int:
         """Rows of one plane, the padding slot included."""
         return int(self.k_all.shape[1])
+
+    def plane(self, layer: Any) -> int:
+        """The plane of an attending layer, which has `layer_id`."""
+        return self.model_layer_ids.index(layer.layer_id)
 
     @abstractmethod
     def write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -66,7 +66,7 @@ class Kernels:
     @property
     def layer(self) -> Any:
         """The first layer, as the backend sees it."""
-        return SimpleNamespace(layer_id=self.pool.start_layer, scaling=self.scale)
+        return SimpleNamespace(layer_id=self.pool.model_layer_ids[0], scaling=self.scale)
 
     def queries(self, n: int) -> torch.Tensor:
         """[n, H_q, D] zeros."""

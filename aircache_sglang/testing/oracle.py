@@ -35,9 +35,12 @@ _ATTENTION = "visible_cells"
 
 @dataclasses.dataclass
 class _Forward:
-    """One forward: which cells each row may see, and what attention was given."""
+    """One forward: which cells each row may see, and what attention was given, of attending layers.
 
-    visible: list[torch.Tensor]  # per layer bool [H_kv, S, S]
+    The model's number of each of them is its key in `visible`.
+    """
+
+    visible: dict[int, torch.Tensor]  # bool [H_kv, S, S]
     q: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_q, S, D]
     k: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_kv, S, D]
 
@@ -112,13 +115,24 @@ class Trace:
 
 
 class Oracle:
-    """A Qwen2-VL checkpoint in Transformers, float32."""
+    """A Qwen2-VL checkpoint in Transformers, float32.
+
+    tolerance: how far a server's logprobs may be from its own.
+    """
+
+    tolerance = LOGPROB_TOLERANCE
 
     def __init__(self, checkpoint: str | Path) -> None:
         self.checkpoint = checkpoint
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = self._load({"text_config": _ATTENTION, "vision_config": "sdpa"})
         self.text_config = self.model.config.get_text_config()
+        kinds = getattr(self.text_config, "layer_types", None) or ["full_attention"]
+        # Of a hybrid model the layers with a recurrent state see no mask.
+        if "linear_attention" in kinds:
+            self.attending = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        else:
+            self.attending = list(range(self.text_config.num_hidden_layers))
 
     def _load(self, attention: str | dict[str, str]) -> Any:
         return Qwen2VLForConditionalGeneration.from_pretrained(
@@ -175,7 +189,7 @@ class Oracle:
                 use_cache=False,
                 **arguments,
             )
-        assert len(forward.q) == self.text_config.num_hidden_layers
+        assert len(forward.q) == len(self.attending)
         return Trace(
             logprobs=output.logits[0].float().log_softmax(dim=-1),
             q=torch.stack(forward.q)[:, :, :n_prompt].transpose(1, 2),
@@ -190,9 +204,9 @@ class Oracle:
         n_tokens: int,
         audience: torch.Tensor,
         packs: Sequence[tuple[int, Selection]],
-    ) -> list[torch.Tensor]:
+    ) -> dict[int, torch.Tensor]:
         """Per layer, bool [H_kv, S, S]: causal, and no dropped cell for the generated tokens."""
-        layers, heads = self.text_config.num_hidden_layers, self.text_config.num_key_value_heads
+        layers, heads = len(self.attending), self.text_config.num_key_value_heads
         total = n_prompt + n_tokens - 1
         causal = torch.ones(total, total, dtype=torch.bool).tril()
         masks = [causal.repeat(heads, 1, 1) for _ in range(layers)]
@@ -208,7 +222,7 @@ class Oracle:
                     dropped[list(kept)] = False
                     # Token i is drawn from the row of token i - 1.
                     visible[head, n_prompt + first - 1 :, audience[dropped]] = False
-        return masks
+        return dict(zip(self.attending, masks, strict=True))
 
 
 def logprob_error(trace: Trace, meta_info: dict[str, Any], *, first: int = 0) -> float:
@@ -242,10 +256,10 @@ def assert_agrees(oracle: Oracle, prompt: Prompt, answer: Any, *, greedy: bool =
         last = len(tokens) - 1
         first = min(packs[0][0], last) if packs else last
     error = logprob_error(trace, meta_info, first=first)
-    assert error < LOGPROB_TOLERANCE, f"logprobs differ by {error:.2e}"
+    assert error < oracle.tolerance, f"logprobs differ by {error:.2e}"
     if greedy and not first:
         chosen = trace.logprobs[torch.arange(len(tokens)), torch.tensor(tokens)]
-        assert (chosen > trace.logprobs.amax(dim=1) - 2 * LOGPROB_TOLERANCE).all()
+        assert (chosen > trace.logprobs.amax(dim=1) - 2 * oracle.tolerance).all()
     if report is not None:
         assert report["visual_tokens"] == len(trace.audience)
     return trace

@@ -233,6 +233,7 @@ def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]],
         (step.__name__, step)
         for step in (
             decode_graphs.handle_gpu_memory_settings,
+            resolution.handle_model_specific_adjustments,
             resolution.handle_deterministic_inference,
             resolution.handle_attention_backend_compatibility,
             resolution.handle_cache_compatibility,

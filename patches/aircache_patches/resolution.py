@@ -18,7 +18,7 @@ from sglang.srt.arg_groups.overrides import (
 from sglang.srt.runtime_context import get_platform
 
 from aircache_patches.refusal import refuse
-from aircache_patches.support import served_backends
+from aircache_patches.support import served_backends, unsupported_beside_states
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,15 @@ def handle_deterministic_inference(server_args: Any, previous: Callable[[Any], N
                 "its Triton decode on a CUDA device alone, since another follows what else is in "
                 "the batch; drop one of the two flags"
             )
+    previous(server_args)
+
+
+def handle_model_specific_adjustments(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse a hybrid model's flags before SGLang asserts that this machine can serve them."""
+    architecture = (model_config_of(server_args).hf_config.architectures or [""])[0]
+    policy = f"--kv-policy {server_args.kv_policy}"
+    for sentence in unsupported_beside_states(server_args, architecture, policy):
+        raise refuse(sentence)
     previous(server_args)
 
 
@@ -102,11 +111,14 @@ def register_radix_cache() -> None:
 
 def _make_radix_cache(context: Any) -> Any:
     from aircache_patches import process
+    from aircache_sglang.engine.hybrid import StatefulCache
     from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()
     given = context.params, compressor, compressor.config.pin_text, compressor.metrics
+    if context.is_hybrid_ssm:
+        return StatefulCache(*given)
     if not context.enable_hierarchical_cache:
         return AirCacheRadixCache(*given)
     # Imported here: it brings all of SGLang's host pools.

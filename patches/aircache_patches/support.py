@@ -24,6 +24,8 @@ ARCHITECTURES = (
     "Qwen3OmniMoeForConditionalGeneration",
     "DotsOCRForCausalLM",
     "StepVLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration",
@@ -36,6 +38,8 @@ ARCHITECTURES = (
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
+# Of the served, those in which layers with a recurrent state stand between the attending ones.
+HYBRIDS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Of which SGLang adapts the decoder and leaves the vision tower alone (`should_apply_lora`).
 ADAPTED = ARCHITECTURES[:4]
 
@@ -359,6 +363,22 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         )
 
 
+def unsupported_beside_states(server_args: Any, architecture: str, policy: str) -> Iterator[str]:
+    """What a hybrid model's recurrent states, which end with their request, cannot follow."""
+    if architecture not in HYBRIDS:
+        return
+    if not server_args.disable_radix_cache:
+        yield (
+            f"{policy} serves {architecture} without a radix cache alone, since ours holds no "
+            "recurrent states; add --disable-radix-cache"
+        )
+    for field, fine in (("speculative_algorithm", None), ("disaggregation_mode", "null")):
+        value = getattr(server_args, field)
+        if value != fine:
+            flag = f"--{field.replace('_', '-')} {value}"
+            yield f"{policy} does not work with {architecture} and {flag}; serve it without"
+
+
 def unsupported_dtype(model: Any, policy: str) -> Iterator[str]:
     """dots.ocr in another type: the first picture would end SGLang 0.5.23.
 
@@ -422,7 +442,7 @@ def out_of_reach(model: Any) -> str | None:
         return "uses multi-head latent attention (MLA)"
     recurrent = ("linear_attention", "mamba", "recurrent")
     fields = ("linear_num_value_heads", "mamba_d_state", "ssm_state_size", "state_size")
-    if (
+    if model.hf_config.architectures[0] not in HYBRIDS and (
         model.attention_arch == AttentionArch.SSM
         or kinds.intersection(recurrent)
         or any(getattr(text, field, None) for field in fields)

@@ -86,8 +86,11 @@ def settled_metrics(server: Server, expected: dict[str, float]) -> dict[str, flo
         time.sleep(0.1)
 
 
-def check_outcomes(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """No request failed that was not broken off, and every answer is whole; the whole answers."""
+def check_outcomes(outcomes: Sequence[Outcome], *, n_layers: int = 4) -> list[Outcome]:
+    """No request failed that was not broken off, and every answer is whole; the whole answers.
+
+    n_layers: of the model, those that attend.
+    """
     assert [outcome.error for outcome in outcomes if outcome.error] == []
     for outcome in outcomes:
         assert outcome.finished or outcome.job.fate != "finish", outcome
@@ -101,7 +104,7 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if info is not None:
             assert info["visual_tokens"] == job.prompt.n_visual
             assert info["retention"] == (job.prompt.retention or 0.1)
-            assert sum(info["layer_budgets"]) == 4 * info["columns"]
+            assert sum(info["layer_budgets"]) == n_layers * info["columns"]
             assert info["slots_freed"] == job.prompt.n_visual - info["columns"] > 0
     return finished
 

@@ -69,7 +69,7 @@ def no_capture() -> Iterator[None]:
 
 @pytest.fixture
 def state() -> AttentionState:
-    pool: Any = SimpleNamespace(start_layer=0, write=lambda *args: None)
+    pool: Any = SimpleNamespace(plane=lambda layer: layer.layer_id, write=lambda *args: None)
     extender: Any = SimpleNamespace()
     return AttentionState(pool, Decoder(), extender, get_capture_attention_variant)
 
@@ -249,7 +249,9 @@ def job(start: int, end: int, first_row: int) -> ExtendJob:
 def spied() -> Any:
     """A compressing backend around SpiedStock whose pool notes what is written."""
     written: list[Any] = []
-    pool: Any = SimpleNamespace(start_layer=0, write=lambda *args: written.append(args))
+    pool: Any = SimpleNamespace(
+        plane=lambda layer: layer.layer_id, write=lambda *args: written.append(args)
+    )
     backend = SpiedStock()
     adopt(backend, AttentionState(pool, Decoder(), Extender(), get_capture_attention_variant))
     backend.written = written  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ class World:
             v_all=self.v_all,
             layer_num=self.n_layers,
             rows=self.rows,
-            start_layer=5,
+            plane=lambda layer: layer.layer_id - 5,
         )
         self.decoder = TorchDecoder(pool, self.table)  # type: ignore[arg-type]
         batch = SimpleNamespace(

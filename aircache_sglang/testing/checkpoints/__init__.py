@@ -27,6 +27,8 @@ __all__ = [
     "make_pixtral",
     "make_qwen2_5_vl",
     "make_qwen2_vl",
+    "make_qwen3_5",
+    "make_qwen3_5_moe",
     "make_qwen3_omni",
     "make_qwen3_vl",
     "make_qwen3_vl_moe",

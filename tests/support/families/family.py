@@ -94,6 +94,7 @@ class Family:
     dtype: what SGLang serves it in.
     several: fields that a request with several pictures needs.
     flags: what its server needs besides.
+    env: variables that its server needs besides.
     has_tree: whether SGLang serves it with a radix cache.
     sound: what stands for a sound in a prompt; None where SGLang has none.
     expansion: what SGLang's processor writes for the i-th picture; for families without a reader.
@@ -109,6 +110,7 @@ class Family:
     dtype: str = "float32"
     several: dict[str, Any] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
     has_tree: bool = True
     sound: str | None = None
     expansion: Callable[[int, Image.Image], str] | None = None

@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers.vision_utils import get_vision_cu_seqlens
 
-from aircache_sglang.testing.checkpoints import make_qwen2_5_vl, make_qwen3_vl, make_qwen3_vl_moe
+from aircache_sglang.testing.checkpoints import (
+    make_qwen2_5_vl,
+    make_qwen3_5,
+    make_qwen3_5_moe,
+    make_qwen3_vl,
+    make_qwen3_vl_moe,
+)
 from tests.support.families.family import Family, Reader, Words, decoder_of
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -52,8 +59,37 @@ class Qwen2_5Reader(QwenReader):
         return model
 
 
+class HybridReader(QwenReader):
+    """Qwen3.5, token by token as on the CPU platform: Transformers' own prefill sums the delta rule
+    up by chunks, which rounds otherwise and may choose other experts."""
+
+    tolerance = 2e-4
+
+    def _load(self, attention: str | dict[str, str]) -> Any:
+        model = super()._load(attention)
+        module = sys.modules[type(model).__module__]
+        module.torch_chunk_gated_delta_rule = module.torch_recurrent_gated_delta_rule
+        return model
+
+
+# States in the type of the model: SGLang's default, bfloat16, is up to 0.3 off in a logprob.
+HYBRID_FLAGS = ("--disable-radix-cache", "--mamba-ssm-dtype", "float32")
+HYBRID_ENV = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
+
+
+def hybrid(make: Any) -> Family:
+    return Family(
+        *(make, QWEN_IMAGE, QWEN_VIDEO, HybridReader, QWEN_WORDS),
+        flags=HYBRID_FLAGS,
+        env=HYBRID_ENV,
+        has_tree=False,
+    )
+
+
 FAMILIES = {
     "qwen2.5-vl": Family(make_qwen2_5_vl, QWEN_IMAGE, QWEN_VIDEO, Qwen2_5Reader, QWEN_WORDS),
     "qwen3-vl": Family(make_qwen3_vl, QWEN_IMAGE, QWEN_VIDEO, QwenReader, QWEN_WORDS),
     "qwen3-vl-moe": Family(make_qwen3_vl_moe, QWEN_IMAGE, QWEN_VIDEO, QwenReader, QWEN_WORDS),
+    "qwen3.5": hybrid(make_qwen3_5),
+    "qwen3.5-moe": hybrid(make_qwen3_5_moe),
 }

@@ -70,7 +70,7 @@ def make_server(family: Family, checkpoint: Path, policy: str) -> Server:
     path = str(STAND_INS)
     if family.is_mended and policy == "none":
         path += f":{STAND_INS / 'mended_sglang'}"
-    env = STRICT_MEMORY_CHECKS | {"PYTHONPATH": path}
+    env = STRICT_MEMORY_CHECKS | family.env | {"PYTHONPATH": path}
     flags = [*COMMON_FLAGS, *CHUNKS, *family.flags, "--dtype", family.dtype, "--kv-policy", policy]
     if policy != "none":
         flags += ["--aircache-gate", "off", "--enable-metrics"]

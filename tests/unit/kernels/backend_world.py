@@ -37,7 +37,7 @@ class Pool(KVPlanes):
     """The planes alone, and the plainest way to write them; float8 as raw bytes, as SGLang's."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer_num, self.start_layer, self.dtype = L, 0, dtype
+        self.layer_num, self.model_layer_ids, self.dtype = L, tuple(range(L)), dtype
         store_dtype = torch.uint8 if dtype.itemsize == 1 else dtype
         self.create_planes((L, rows, H_KV, D), dtype, store_dtype, device)
 

@@ -63,7 +63,7 @@ class Side:
             v_all=self.inputs.v_all,
             rows=ROWS,
             layer_num=L,
-            start_layer=0,
+            plane=lambda layer: layer.layer_id,
         )
 
 

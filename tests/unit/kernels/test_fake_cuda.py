@@ -145,7 +145,11 @@ class Served:
         self.scale = shape.head_dim**-0.5
         self.inputs = PassInputs(planes[0], planes[1], self.table, OneRank(), self.scale)
         self.pool = SimpleNamespace(
-            k_all=planes[0], v_all=planes[1], rows=ROWS, layer_num=shape.layers, start_layer=0
+            k_all=planes[0],
+            v_all=planes[1],
+            rows=ROWS,
+            layer_num=shape.layers,
+            plane=lambda layer: layer.layer_id,
         )
         self.layer = SimpleNamespace(layer_id=shape.layers - 1, scaling=self.scale)
 
