@@ -30,7 +30,7 @@ class StatefulCache(AirCacheRadixCache):
     """
 
     def supports_mamba(self) -> bool:
-        """Asked by SGLang before it serves a model with recurrent states (mem_cache/registry.py)."""
+        """Whether models with recurrent states may be served (mem_cache/registry.py)."""
         return True
 
     def mamba_evictable_size(self) -> int:
@@ -66,7 +66,7 @@ def _passing_on(stock: type) -> type:
             save_kv_cache: bool = True,
             **kwargs: Any,
         ) -> Any:
-            """The wrapper would call `forward_extend` and `forward_decode`, behind our `forward`."""
+            """The wrapper would call `forward_extend` or `forward_decode`, behind ours."""
             if self._is_full_attn(layer, kwargs.get("layer_id")):
                 return self.full_attn_backend.forward(
                     q, k, v, layer, forward_batch, save_kv_cache, **kwargs

@@ -117,8 +117,10 @@ def _extend(
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         slot, part = int(cache_indices[i]), slice(start, end)
         if end > start and slot >= 0:
-            one = (x[0, part] for x in (q, k, v, g, beta))
-            out[0, part] = delta_rule(*one, ssm_states[slot])
+            state = ssm_states[slot]
+            out[0, part] = delta_rule(
+                q[0, part], k[0, part], v[0, part], g[0, part], beta[0, part], state
+            )
     return out, None, None
 
 
