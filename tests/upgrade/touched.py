@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The only places that import SGLang; tests/unit/test_imports.py holds that.
 DOOR = (
     *("aircache_sglang/engine", "aircache_sglang/platform", "aircache_sglang/frontend.py"),
+    "aircache_sglang/explain/frames.py",
     "patches/aircache_patches",
 )
 PIPELINE = "sglang.srt.arg_groups.pipeline"
@@ -26,10 +27,12 @@ def door() -> list[Path]:
 
 
 def hook_targets() -> list[str]:
-    """The ledger's hooks, in its order."""
+    """The ledger's hooks, in its order, then those of a pair of servers."""
     from aircache_patches import ledger
 
-    return [hook.target for hook in ledger.hooks()]
+    pair = (ledger.disaggregation_hooks(mode) for mode in ("prefill", "decode"))
+    found = [*ledger.hooks(), *(hook for side in pair for hook in side)]
+    return list(dict.fromkeys(hook.target for hook in found))
 
 
 def step_targets() -> list[str]:
