@@ -58,6 +58,10 @@ class Compressor:
     that is not packed.
     """
 
+    # Whether videos of one batch are padded to the longest, and the padding encoded: SGLang's
+    # Transformers fallback (models/transformers.py, _collect_mm_kwargs).
+    _pads_videos = False
+
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
         """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
         batch_invariant = bool(model_runner.server_args.enable_deterministic_inference)
@@ -80,6 +84,7 @@ class Compressor:
         self._launch: Callable[[], None] = lambda: None
         self.table = CompressionTable(model_runner.req_to_token_pool.req_to_token, pool.layer_num)
         self.metrics = Metrics.create(config.policy)
+        self._pads_videos = hasattr(model_runner.model, "_collect_mm_kwargs")
         layers = attention_layers(model_runner.model)
         scale = attention_scale(layers, config.policy)
         heads = TensorParallelHeads(
@@ -212,6 +217,8 @@ class Compressor:
         """
         self._admitted = admitted
         if self._chunked is not None and self._chunked not in admitted:
+            return False
+        if self._pads_videos and not same_frames(req, admitted):
             return False
         rows = self._query_rows(req)
         if rows > self._query_room:
@@ -515,6 +522,19 @@ class Compressor:
 def extends_replica(req: Any) -> bool:
     """Whether the match of a request ends on, or below, a replica."""
     return req.last_node is not None and req.last_node.replica is not None
+
+
+def same_frames(req: Any, others: Sequence[Any]) -> bool:
+    """Whether a request's videos have as many frames as those of others, where both have any."""
+    ours, theirs = frames_of(req), set().union(*map(frames_of, others))
+    return not ours or not theirs or ours == theirs
+
+
+def frames_of(req: Any) -> set[int]:
+    """Frames of each of a request's videos; of those that are [videos, frames, C, H, W]."""
+    items = req.multimodal_inputs.mm_items if req.multimodal_inputs else ()
+    features = [item.feature for item in items if item.is_video()]
+    return {len(f[0]) for f in features if isinstance(f, torch.Tensor) and f.dim() == 5}
 
 
 def chunks(batch: Any) -> Iterator[tuple[Any, Chunk]]:

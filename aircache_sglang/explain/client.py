@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import http.client
 import json
 import mimetypes
 import urllib.error
@@ -88,13 +89,15 @@ class Server:
             raise ValueError(
                 f"the server refused, HTTP {error.code}: {_said(error.read())}"
             ) from error
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ValueError(f"no server answers at {self.url}: {reason}") from error
 
     def check(self) -> tuple[str, str]:
         """(its policy, its checkpoint); refuses a server that cannot be asked about pictures."""
         info, model = self._call("/server_info"), self._call("/model_info")
+        if not (isinstance(info, dict) and isinstance(model, dict)):
+            raise ValueError(f"no server of SGLang answers at {self.url}")
         policy, path = str(info.get("kv_policy") or "none"), str(model.get("model_path"))
         if policy == "none":
             raise ValueError(f"{self.url} runs without --kv-policy, so it drops nothing")
@@ -119,6 +122,8 @@ class Server:
 
 def read_answer(response: dict[str, Any]) -> Answer:
     """The first choice of an OpenAI answer with log-probabilities and `meta_info`."""
+    if not (isinstance(response, dict) and response.get("choices")):
+        raise ValueError("the server's answer has no choices")
     choice = response["choices"][0]
     meta = choice.get("meta_info") or {}
     steps = ((choice.get("logprobs") or {}).get("content")) or []

@@ -136,17 +136,24 @@ def _opened(path: Path) -> Any:
             return picture.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from error
 
 
 def _placed(
     args: argparse.Namespace, path: str, images: list[Any], n_visual: int
 ) -> tuple[list[Any], list[Any], str | None]:
     """(panels, pictures, why there are no panels)."""
-    from aircache_sglang.explain.geometry import Model, Unplaced, check_count, place_pictures
+    from aircache_sglang.explain.geometry import GLM, Model, Unplaced, check_count, place_pictures
 
     pictures = list(images)
     try:
         model = Model.read(path)
+        if model.architecture in GLM:
+            from aircache_sglang.explain.frames import as_glm_reads
+
+            images = [(each.name, as_glm_reads(each)) for each in args.image]
+            pictures = list(images)
         panels = place_pictures(model, [picture for _, picture in images]) if images else []
         if args.video:
             from aircache_sglang.explain.frames import place_video
@@ -157,6 +164,9 @@ def _placed(
         check_count(panels, n_visual)
     except Unplaced as error:
         return [], images, str(error)
+    except (ImportError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return [], images, f"the tokens cannot be placed by the checkpoint at {path}: {said}"
     return panels, pictures, None
 
 

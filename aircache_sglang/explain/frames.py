@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames of a video that the model sees, sampled by SGLang's own functions.
+"""Pictures and frames of a video as the model sees them, by SGLang's own functions.
 
-Not Qwen3-Omni's, whose processor resizes frames by bounds of its own.
+Videos: not Qwen3-Omni's, whose processor resizes frames by bounds of its own.
 
 Imports SGLang, whose rules these are, and needs its video decoder (torchcodec and ffmpeg).
 """
@@ -15,19 +15,26 @@ from typing import Any
 import torch
 from PIL import Image
 
-from aircache_sglang.explain.geometry import Model, Panel, Unplaced, grid
+from aircache_sglang.explain.geometry import GLM, Model, Panel, Unplaced, grid
 
 QWEN = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
 )
-GLM = (
-    "Glm4vForConditionalGeneration",
-    "Glm4vMoeForConditionalGeneration",
-    "GlmOcrForConditionalGeneration",
-)
+
+
+def as_glm_reads(path: Path) -> Image.Image:
+    """A picture turned as its EXIF data say, its transparent parts filled
+    (multimodal/processors/glm4v.py, `smart_rgb_conversion`); other families do neither."""
+    from sglang.srt.utils.common import smart_to_rgb
+
+    with Image.open(path) as picture:
+        read: Any = smart_to_rgb(picture)
+        return read.convert("RGB")
 
 
 def place_video(
@@ -79,7 +86,7 @@ def _sampled(model: Model, path: Path) -> tuple[Any, list[int], int, int]:
         frames, metadata = glm_sample_and_decode_sync(decoder, rules, processor)
         frames = torch.as_tensor(frames).permute(0, 3, 1, 2)  # [T, H, W, 3]
     fields: dict[str, Any] = {"do_sample_frames": False}
-    if model.architecture in GLM or "Qwen3VL" in model.architecture:
+    if model.architecture in GLM or model.architecture.startswith("Qwen3"):
         fields["video_metadata"] = [metadata]
     found = processor(videos=[frames], return_tensors="pt", **fields)["video_grid_thw"][0]
     return frames, found.tolist(), int(processor.merge_size), int(processor.temporal_patch_size)

@@ -27,6 +27,14 @@ class Unplaced(ValueError):
     """Why tokens cannot be placed on the picture, in one sentence."""
 
 
+# Whose processor turns pictures by their EXIF data.
+GLM = (
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panel:
     """Visual tokens that follow one another and cover one view of one picture.
@@ -322,6 +330,8 @@ _LAYOUTS: dict[str, Layout] = {
     "Qwen2_5_VLForConditionalGeneration": _native,
     "Qwen3VLForConditionalGeneration": _native,
     "Qwen3VLMoeForConditionalGeneration": _native,
+    "Qwen3_5ForConditionalGeneration": _native,
+    "Qwen3_5MoeForConditionalGeneration": _native,
     "Qwen3OmniMoeForConditionalGeneration": _native,
     "Glm4vForConditionalGeneration": _native,
     "Glm4vMoeForConditionalGeneration": _native,

@@ -51,9 +51,12 @@ _OF_A_PATH = {
     None,
     *(errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
 }
-# Models that stack the pictures of all requests of a batch, whatever their sizes
-# (models/lightonocr.py, get_image_feature).
-_STACKING = ("LightOnOCRForConditionalGeneration",)
+# Models that stack the pictures, or sounds, of all requests of a batch, whatever their sizes
+# (models/lightonocr.py, get_image_feature; models/qwen3_omni_moe.py, get_audio_feature).
+_STACKING = (
+    "LightOnOCRForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Reader:
     which the request brings nothing is an error; else it is text. encloses: what stands between two
     tokens is a picture to it, and a text may say these tokens too. one_token: frames of a video are
     filled with the token of pictures, and only tokens that a text may say too tell them apart.
+    counts: it looks for marks in all requests of a batch, so that one that a request brings nothing
+    for takes another's picture; an error in a text alone, too.
     """
 
     ids: bool = False
@@ -73,6 +78,7 @@ class Reader:
     strict: bool = False
     encloses: bool = False
     one_token: bool = False
+    counts: bool = False
 
 
 # Of the families in support.py, by the class in sglang/srt/multimodal/processors.
@@ -87,7 +93,7 @@ READERS = {
     "Glm4vImageProcessor": Reader(ids=True, strict=True, one_token=True),
     "PixtralProcessor": Reader(ids=True, strict=True),
     "LightOnOCRProcessor": Reader(ids=True, strict=True),
-    "TransformersAutoMultimodalProcessor": Reader(),
+    "TransformersAutoMultimodalProcessor": Reader(counts=True),
 }
 
 
@@ -105,9 +111,9 @@ async def tokenize_one_request(
 
     Nothing that does not fit reaches the scheduler, where it would end the server.
     """
-    if manager.mm_processor is None or not obj.contains_mm_input():
-        return await original(manager, obj)
     reader = READERS.get(type(manager.mm_processor).__name__)
+    if not (obj.contains_mm_input() or (reader is not None and reader.counts)):
+        return await original(manager, obj)
     try:
         if reader is None:
             return await original(manager, obj)
@@ -206,7 +212,7 @@ class _Checked:
             if prepared:
                 self._prepared.add(kind)
                 self._prepare(kind, prepared[0])
-            elif given or reader.strict:
+            elif given or reader.strict or reader.counts:
                 self._fit(kind, len(given))
 
     def _prepare(self, kind: str, data: dict[str, Any]) -> None:
@@ -251,6 +257,8 @@ class _Checked:
             return
         if field == "input_ids" and not self._reader.ids:
             if not given:
+                if self._reader.counts:
+                    fit(list(prompt), 0, mark)
                 return
             raise ValueError(
                 "this model's pictures are expanded in the text of a prompt; send text in place of "

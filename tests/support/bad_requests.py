@@ -73,6 +73,8 @@ def refused(family: Family) -> dict[str, dict[str, Any]]:
         ),
         "a number": body(family, good, images=[7]),
     }
+    if family.counts:
+        cases["no picture at all"] = body(family, [f"what is {token}?"], images=[])
     for mark in words.encloses:
         cases[f"{mark} before a picture"] = body(family, [f"a {mark}", *good], images=[one])
     if not words.adds_marks:
@@ -88,7 +90,9 @@ def png_data_url_of(data: bytes) -> str:
 def answered(family: Family) -> dict[str, dict[str, Any]]:
     """Requests of /generate that look bad, and are to be answered."""
     image, one, words = family.image, png_data_url(picture(1, 10, 10)), family.words
-    cases = {"no picture at all": body(family, [f"what is {words.token}?"], images=[])}
+    cases = {}
+    if not family.counts:
+        cases["no picture at all"] = body(family, [f"what is {words.token}?"], images=[])
     for token in (*words.brackets, *words.encloses):
         cases[f"{token} alone"] = body(family, [image, f"what is {token} there?"], images=[one])
     return cases

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aircache_sglang.explain.frames import GLM, QWEN, place_video
+from aircache_sglang.explain.frames import GLM, QWEN, as_glm_reads, place_video
 from aircache_sglang.explain.geometry import Model, Unplaced
 from tests.support.families import FAMILIES
 from tests.support.families.family import FRAMES_PER_SECOND, Video, decoder_of, frames_of
@@ -32,7 +32,7 @@ def video(path: Path, spot: tuple[int, int, int] | None) -> Video:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm-4v", "glm-4v-moe", "glm-ocr"]
+    "name", ["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "glm-4v", "glm-4v-moe", "glm-ocr"]
 )
 def test_the_bright_patch_is_found_in_its_frames(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +63,16 @@ def test_the_bright_patch_is_found_in_its_frames(
         assert index * FRAMES // (2 * len(panels)) == spot[0]
         x, y = (place / SIDE for place in spot[1:])
         assert box[0] - 0.04 < x < box[2] + 0.04 and box[1] - 0.04 < y < box[3] + 0.04
+
+
+def test_glm_turns_pictures_and_fills_what_is_transparent(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert as_glm_reads(tmp_path / "turned.jpg").size == (20, 40)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    read = as_glm_reads(tmp_path / "clear.png")
+    assert read.mode == "RGB" and read.getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_other_families_and_unreadable_files_say_so(tmp_path: Path) -> None:

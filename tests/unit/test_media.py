@@ -152,6 +152,21 @@ def test_a_request_without_media_is_not_looked_at() -> None:
     assert tokenize(request, []) is request
 
 
+@pytest.mark.parametrize("field", ["text", "input_ids"])
+def test_the_fallback_counts_marks_of_all_requests(field: str) -> None:
+    """So a text without media must say none: it would take another's picture."""
+    processor = TransformersAutoMultimodalProcessor()
+    for said, good in (([9, 8], True), ([9, PAD], False)):
+        prompt = said if field == "input_ids" else "a house" if good else "what is <|image_pad|>?"
+        request = request_of(**{field: prompt})
+        request.contains_mm_input = lambda: False
+        if good:
+            assert getattr(tokenize(request, [], processor), field) == prompt
+        else:
+            with pytest.raises(ValueError, match="1 picture and the request brings 0"):
+                tokenize(request, [], processor)
+
+
 @pytest.mark.parametrize(
     "request_",
     [
@@ -193,9 +208,10 @@ def test_models_that_read_no_ids_and_no_embeddings() -> None:
     data = {"format": FORMAT, "feature": torch.zeros(4, WIDTH)}
     with pytest.raises(ValueError, match="no precomputed embedding or processor output"):
         tokenize(request_of(PICTURE, image_data=[data]), [], processor)
-    # A word for videos is text where there is none.
+    # A word for videos would take another request's.
     request = request_of(f"{PICTURE} and <|video_pad|>", image_data=["x.png"])
-    assert tokenize(request, [item_of(2, 5)], processor).text == request.text
+    with pytest.raises(ValueError, match="1 video and the request brings 0"):
+        tokenize(request, [item_of(2, 5)], processor)
 
 
 def test_what_stands_between_two_tokens_that_a_text_says_too() -> None:
@@ -448,6 +464,13 @@ class LightOnOCRForConditionalGeneration:
         pixels = torch.cat([item.feature for item in items])
         self.calls.append(len(pixels))
         return pixels.flatten(1).sum(1, keepdim=True)
+
+
+def test_sounds_are_not_stacked_either() -> None:
+    assert "Qwen3OmniMoeThinkerForConditionalGeneration" in media._STACKING
+    from sglang.srt.models import qwen3_omni_moe
+
+    assert hasattr(qwen3_omni_moe.Qwen3OmniMoeThinkerForConditionalGeneration, "get_audio_feature")
 
 
 @pytest.mark.parametrize("sizes", [(28, 28, 28), (28, 56, 28)])

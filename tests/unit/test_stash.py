@@ -17,7 +17,7 @@ from aircache_patches import pool, prefill, process
 from aircache_patches.refusal import Refusal
 from aircache_sglang.config import INSTRUCTION_LIMIT, AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState
-from aircache_sglang.engine.compressor import Compressor
+from aircache_sglang.engine.compressor import Compressor, same_frames
 from aircache_sglang.engine.model import query_bytes
 from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.request import RequestState
@@ -36,6 +36,22 @@ def intent_of(head: int, pictures: list[int], between: int, tail: int, **config:
         at += tokens + between
     length = spans[-1][1] + tail
     return Intent(AirCacheConfig(**config), VisualPrompt(tuple(spans), length, sum(pictures)), 1)
+
+
+def video_request(*frames: int) -> Any:
+    features = [torch.empty(1, n, 3, 2, 2) for n in frames]
+    items = [SimpleNamespace(is_video=lambda: True, feature=f) for f in features]
+    items.append(SimpleNamespace(is_video=lambda: False, feature=torch.empty(1, 9, 3, 2, 2)))
+    return SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=items))
+
+
+def test_videos_of_one_length_are_prefilled_together() -> None:
+    text, six, eight = SimpleNamespace(multimodal_inputs=None), video_request(6), video_request(8)
+    assert same_frames(six, []) and same_frames(six, [text, video_request(6)])
+    assert same_frames(text, [six]) and same_frames(video_request(), [eight])
+    assert not same_frames(eight, [text, six])
+    # Alone every request is admitted.
+    assert same_frames(video_request(6, 8), [text])
 
 
 def test_no_request_keeps_more_than_fits_alone() -> None:

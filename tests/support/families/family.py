@@ -99,6 +99,7 @@ class Family:
     sound: what stands for a sound in a prompt; None where SGLang has none.
     expansion: what SGLang's processor writes for the i-th picture; for families without a reader.
     is_mended: whether stock SGLang does not start it, and is compared with one that does.
+    counts: whether a text without a picture must not say the token of pictures.
     adjacent: whether SGLang tells pictures apart that have no text between them.
     """
 
@@ -115,6 +116,7 @@ class Family:
     sound: str | None = None
     expansion: Callable[[int, Image.Image], str] | None = None
     is_mended: bool = False
+    counts: bool = False
     adjacent: bool = True
 
     def prompt(self, *turns: Sequence[Part], system: str | None = None) -> Prompt:

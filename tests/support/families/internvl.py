@@ -75,5 +75,6 @@ FAMILIES = {
         Reader,
         Words("<IMG_CONTEXT>", ("<img>", "</img>")),
         has_tree=False,
+        counts=True,
     ),
 }

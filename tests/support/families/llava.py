@@ -16,7 +16,7 @@ WORDS = Words("<image>")
 
 FAMILIES = {
     "llava-onevision": Family(
-        *(make_llava_onevision, "<image>", "<video>", Reader, WORDS), has_tree=False
+        *(make_llava_onevision, "<image>", "<video>", Reader, WORDS), has_tree=False, counts=True
     ),
     "llava-qwen": Family(
         *(make_llava_qwen, "<image>", None, None, WORDS),
@@ -24,13 +24,16 @@ FAMILIES = {
         several={"modalities": ["multi-images"]},
     ),
     "llava-next-video": Family(
-        *(make_llava_next_video, "<image>", "<video>", Reader, WORDS), has_tree=False
+        *(make_llava_next_video, "<image>", "<video>", Reader, WORDS), has_tree=False, counts=True
     ),
-    "llava-next": Family(*(make_llava_next, "<image>", None, Reader, WORDS), has_tree=False),
+    "llava-next": Family(
+        *(make_llava_next, "<image>", None, Reader, WORDS), has_tree=False, counts=True
+    ),
     # SGLang's own class does not start with CLIP.
     "llava-1.5": Family(
         *(make_llava, "<image>", None, Reader, WORDS),
         flags=("--model-impl", "transformers"),
         has_tree=False,
+        counts=True,
     ),
 }
