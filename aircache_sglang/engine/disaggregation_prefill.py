@@ -33,14 +33,15 @@ def asked_for(req: Any) -> None:
 def expected_slots(manager: Any, room: int) -> int | None:
     """Slots that the decode server has set aside for a prompt; None if nobody waits for it."""
     infos = manager.transfer_infos.get(room) if hasattr(manager, "transfer_infos") else None
-    lengths = [len(i.dst_kv_indices) for i in (infos or {}).values() if not i.is_dummy]
+    # Another thread adds to them.
+    lengths = [len(i.dst_kv_indices) for i in list((infos or {}).values()) if not i.is_dummy]
     return max(lengths, default=None)
 
 
 def foreign_peer(manager: Any, room: int) -> bool:
     """Whether the decode server has other metadata than ours, as one without a policy does."""
     ours = len(manager.kv_args.aux_data_ptrs)
-    for info in manager.transfer_infos[room].values():
+    for info in list(manager.transfer_infos.get(room, {}).values()):
         peer = manager.decode_kv_args_table.get(info.mooncake_session_id)
         if not info.is_dummy and peer is not None and len(peer.dst_aux_ptrs) != ours:
             return True
@@ -55,7 +56,7 @@ def settle(compressor: Compressor, req: Any, manager: Any) -> str | None:
     if expected is not None and foreign_peer(manager, req.bootstrap_room):
         return (
             f"aircache: this prefill server has --kv-policy {compressor.config.policy} and the "
-            "decode server has none; start both with the same flags"
+            "decode server has none, or other metadata; start both with the same flags"
         )
     if expected is None or expected == n_tokens:
         if intent is not None:

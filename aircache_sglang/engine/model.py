@@ -49,7 +49,10 @@ def query_bytes(model_config: Any, tp_size: int) -> int:
     model_config: SGLang's (configs/model_config.py).
     """
     heads = model_config.get_num_attention_heads(tp_size)
-    row = model_config.num_hidden_layers * heads * model_config.head_dim
+    # Of a hybrid model those that attend.
+    attending = getattr(model_config.hf_text_config, "full_attention_layer_ids", None)
+    layers = len(attending) if attending else model_config.num_hidden_layers
+    row = layers * heads * model_config.head_dim
     return int(QUERY_ROWS * row * model_config.dtype.itemsize)
 
 

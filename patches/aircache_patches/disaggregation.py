@@ -61,10 +61,11 @@ def get_pd_kv_layout(original: Callable[[Any], str | None], pool: Any) -> str | 
 
 
 def process_req(original: Callable[..., None], queue: Any, req: Any) -> None:
-    """AROUND PrefillBootstrapQueue._process_req, which cuts the answer to one token."""
+    """AROUND PrefillBootstrapQueue._process_req, which cuts the answer to one token; no more of it
+    has to fit here."""
     prefill.asked_for(req)
-    process.compressor().intent(req)
     original(queue, req)
+    process.compressor().intent(req)
 
 
 def finalize_bootstrap(original: Callable[..., bool], queue: Any, req: Any) -> bool:

@@ -203,6 +203,8 @@ def unsupported_disaggregation(view: Any, config: AirCacheConfig, policy: str) -
         yield f"{pair} {_ONE_SERVER[knob]}; drop one of the flags"
     if envs.SGLANG_DISAGG_STAGING_BUFFER.get():
         yield f"{pair} SGLANG_DISAGG_STAGING_BUFFER=1; unset it"
+    if envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL.get():
+        yield f"{pair} SGLANG_MOONCAKE_CUSTOM_MEM_POOL; unset it"
 
 
 def unsupported_speculation(view: Any, policy: str) -> Iterator[str]:

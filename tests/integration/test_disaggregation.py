@@ -286,7 +286,10 @@ def test_a_storm(pair: Pair, single: Server) -> None:
             [*FLAGS, "--aircache-retention", "0.3"],
             "has retention 0.1 and this decode server 0.3; start both with the same",
         ),
-        ([*FLAGS[:6], "--kv-policy", "none"], "the decode server has none; start both with the"),
+        (
+            [*FLAGS[:6], "--kv-policy", "none"],
+            "the decode server has none, or other metadata; start both with the",
+        ),
     ],
     ids=["retention", "no policy"],
 )

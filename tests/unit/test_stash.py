@@ -204,11 +204,14 @@ def test_no_batch_keeps_more_than_the_bound(
 def config(**changes: Any) -> Any:
     """Qwen2-VL-7B."""
     given = {"num_hidden_layers": 28, "head_dim": 128, "dtype": torch.bfloat16} | changes
+    given.setdefault("hf_text_config", SimpleNamespace())
     return SimpleNamespace(get_num_attention_heads=lambda tp_size: 28 // tp_size, **given)
 
 
 def test_the_kv_pool_leaves_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert query_bytes(config(), 1) == 196 << 20 == 2 * query_bytes(config(), 2)
+    hybrid = config(hf_text_config=SimpleNamespace(full_attention_layer_ids=[3, 7]))
+    assert 14 * query_bytes(hybrid, 1) == query_bytes(config(), 1)
     buffer = torch.empty(28, QUERY_ROWS, 28, 128, dtype=torch.bfloat16, device="meta")
     assert query_bytes(config(), 1) == buffer.nbytes
     monkeypatch.setattr(pool, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2))
