@@ -63,6 +63,7 @@ class Side:
             v_all=self.inputs.v_all,
             rows=ROWS,
             layer_num=L,
+            model_layer_ids=tuple(range(L)),
             plane=lambda layer: layer.layer_id,
         )
 
