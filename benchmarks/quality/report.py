@@ -295,7 +295,27 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
     ]
     for title, name, prefix, make in parts:
         yield from knob_table(scores, title, name, prefix, make)
+    yield from threshold_gaps(scores)
     yield from cross_table(scores)
+
+
+def threshold_gaps(scores: Scores) -> Iterator[str]:
+    """Budgets from one threshold less those of eq. 11, on the samples that have both."""
+    gaps = {
+        r: difference(
+            scores,
+            Setting.of("aircache", r, budget="global"),
+            Setting.of("aircache", r, budget="aircache"),
+        )
+        for r in scores.retentions(["aircache"])
+        if r < 1
+    }
+    found = {r: g for r, g in gaps.items() if g is not None}
+    if found:
+        yield "### Budgets from one threshold less eq. 11\n"
+        yield "In points, with the 95 % interval of a paired bootstrap.\n"
+        text = [f"{g[0]:+.1f} ({g[1]:+.1f} to {g[2]:+.1f})" for g in found.values()]
+        yield table(list(map(percent, found)), [text])
 
 
 def knob_table(
