@@ -195,6 +195,7 @@ class World:
         )
         compressor.compress, compressor.inputs = TorchPass(cells), cells
         compressor._running, compressor._admitted, compressor._has_tree = (), (), not disable
+        compressor.mode, compressor.arriving = "null", {}
         self.pressure = Pressure(cells, compressor.records, compressor.metrics)
         compressor._launch = self.pressure.launch
         compressor.pressure = self.pressure

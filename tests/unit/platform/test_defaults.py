@@ -49,6 +49,8 @@ def resolved(**given: Any) -> SimpleNamespace:
         max_running_requests=None,
         lora_backend="csgmv",
         hicache_io_backend="kernel",
+        disaggregation_mode="null",
+        disaggregation_decode_retraction_backup=None,
         tp_size=1,
         pp_size=1,
         dp_size=1,
