@@ -141,7 +141,8 @@ def test_a_container_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_adapters_are_pageable_and_torch_is_its_own() -> None:
-    cpu.PlainCpuPlatform().post_load_model(torch.nn.Identity())
+    cpu.PlainCpuPlatform()
+    cpu.let_adapters_be_pageable()
     for name in cpu.LORA_MODULES:
         theirs = importlib.import_module(name).torch
         assert theirs.tensor([1, 2], dtype=torch.int32, pin_memory=True).tolist() == [1, 2]
