@@ -146,14 +146,13 @@ def _placed(
     """(panels, pictures, why there are no panels)."""
     from aircache_sglang.explain.geometry import GLM, Model, Unplaced, check_count, place_pictures
 
-    pictures = list(images)
     try:
         model = Model.read(path)
         if model.architecture in GLM:
             from aircache_sglang.explain.frames import as_glm_reads
 
             images = [(each.name, as_glm_reads(each)) for each in args.image]
-            pictures = list(images)
+        pictures = list(images)
         panels = place_pictures(model, [picture for _, picture in images]) if images else []
         if args.video:
             from aircache_sglang.explain.frames import place_video

@@ -3,7 +3,7 @@
 
 Each family's own: native grids of merged patches, tiles and thumbnails, AnyRes with separators,
 centre crops. Sizes come from the checkpoint's image processor and configuration. A layout that does
-not give the number of tokens that the server counted is no layout: `place` raises then.
+not give the number of tokens that the server counted is no layout: `check_count` raises then.
 """
 
 from __future__ import annotations
@@ -87,13 +87,6 @@ class Model:
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(self.folder)
-
-
-def place(model: Model, pictures: Sequence[Image.Image], n_visual: int) -> list[Panel]:
-    """`place_pictures`, held to the number of visual tokens that the server counted."""
-    panels = place_pictures(model, pictures)
-    check_count(panels, n_visual)
-    return panels
 
 
 def place_pictures(model: Model, pictures: Sequence[Image.Image]) -> list[Panel]:

@@ -7,7 +7,7 @@ the decoder; else that of the pixels that SGLang's own processor cuts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from aircache_sglang.explain.geometry import Model, Panel, Unplaced, place, step_windows
+from aircache_sglang.explain.geometry import (
+    Model,
+    Panel,
+    Unplaced,
+    check_count,
+    place_pictures,
+    step_windows,
+)
 from aircache_sglang.testing.checkpoints import make_qwen2_vl
 from tests.support.families import FAMILIES
 from tests.support.families.qwen import QWEN_IMAGE, QwenReader
@@ -25,6 +32,13 @@ READ = {name: family for name, family in FAMILIES.items() if family.reader is no
 # Wide, tall, and a shape that leaves padding and odd rows of tiles.
 SIZES = ((336, 168), (168, 308), (300, 220))
 SPOTS = ((0.13, 0.2), (0.62, 0.37), (0.41, 0.83), (0.9, 0.9))
+
+
+def place(model: Model, pictures: Sequence[Image.Image], n_visual: int) -> list[Panel]:
+    """As the command does it (explain/command.py); n_visual: what the server counted."""
+    panels = place_pictures(model, pictures)
+    check_count(panels, n_visual)
+    return panels
 
 
 def blank(size: tuple[int, int]) -> Image.Image:
