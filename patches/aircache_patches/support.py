@@ -10,6 +10,8 @@ from typing import Any
 
 from aircache_sglang.config import AirCacheConfig
 
+# Of the served, those in which layers with a recurrent state stand between the attending ones.
+HYBRIDS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Served and tested; see docs/models.md. LlavaQwenForCausalLM is LLaVA-OneVision and LLaVA-NeXT in
 # the form of their authors, LlavaForConditionalGeneration is Pixtral and LLaVA-1.5 in that of
 # Transformers; the last four run on SGLang's Transformers fallback.
@@ -24,8 +26,7 @@ ARCHITECTURES = (
     "Qwen3OmniMoeForConditionalGeneration",
     "DotsOCRForCausalLM",
     "StepVLForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
+    *HYBRIDS,
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration",
@@ -38,8 +39,6 @@ ARCHITECTURES = (
     "LlavaNextVideoForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
-# Of the served, those in which layers with a recurrent state stand between the attending ones.
-HYBRIDS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Of which SGLang adapts the decoder and leaves the vision tower alone (`should_apply_lora`).
 ADAPTED = ARCHITECTURES[:4]
 
