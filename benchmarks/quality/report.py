@@ -47,6 +47,7 @@ PAPER_MODEL = "Qwen2-VL-7B"  # of table 1; the ablations' is LLaVA-OV-7B
 NAMES = {
     **{FULL: "full cache", "h2o": "H2O", "elastic": "Elastic Cache", "prefixkv": "PrefixKV"},
     **{"snapkv": "SnapKV", "aircache": "AirCache", "pyramidkv": "PyramidKV", "vlcache": "VL-Cache"},
+    **{"mixkv": "MixKV", "tgvkv": "TGV-KV"},
     **{"fastv": "FastV", "fastervlm": "FasterVLM", "ivtp": "IVTP"},
 }
 # Of figure 4: what, decimals, the rows' field.
