@@ -14,7 +14,7 @@ of every head: a mask shows what they would answer. The same for what takes a po
 | `aircache, adakv` | | AirCache's scores and layer budgets, split so among the heads |
 | `sparsemm` | 2506.05344 | SnapKV's votes; heads share by how often they read, a tenth evenly |
 | `tgvkv, means` | 2606.03075 | the authors' product of means over heads; see policy/tgvkv.py |
-| `text a, visual` | table 6 | AirCache over all tokens: its text at a, its visual tokens as listed |
+| `text a, visual` | table 6 | AirCache over all tokens: text at a, visual tokens as listed |
 
 An answer is right when every token is the likeliest after the right ones before it. `sparsemm`
 needs to know the heads of a model beforehand: 100 pages of the training distribution, on which a
@@ -93,7 +93,7 @@ def whole_heads(shares: Tensor, cells: int, cap: int) -> Tensor:
 
 
 def of_heads(scores: Tensor, budgets: Tensor) -> Tensor:
-    """AdaKV, int64 [L, H_kv]: a layer's H_kv * n_l cells by its highest scores, EVEN of it evenly."""
+    """AdaKV, int64 [L, H_kv]: the heads of a layer share by its highest scores, EVEN evenly."""
     n_layers, n_kv, n_visual = scores.shape
     rows = []
     for layer in range(n_layers):
