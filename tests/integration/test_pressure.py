@@ -230,8 +230,9 @@ def test_a_request_may_ask_for_either(roomy: Server, oracle: Oracle) -> None:
 def test_the_dashboard_shows_what_happens(roomy: Server, tmp_path: Path) -> None:
     """Every panel of examples/monitoring has numbers in a real Prometheus that scrapes it."""
     dashboard = json.loads(DASHBOARD.read_text())
-    # Nothing is retracted here, and no picture comes back to a node that has lost it.
+    # Nothing is retracted here, no picture comes back to a node that has lost it, no shadow runs.
     without = ("sglang:num_retracted_requests_total", "sglang:aircache_refilled_slots_total")
+    without += ("sglang:aircache_shadow_", "sglang:aircache_guard_")
     missing = {each for each in panels(dashboard) if not any(name in each[1] for name in without)}
     with Prometheus(tmp_path, [roomy.url.removeprefix("http://")]) as prometheus:
         deadline = time.monotonic() + 240
