@@ -44,7 +44,7 @@ AUDIENCES = ("visual", "all")
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
 REASON_KEY = "aircache_reason"
-_SERVER_ONLY = ("pin_text", "rungs")
+_SERVER_ONLY = ("pin_text", "rungs", "shadow", "guard")
 # The knobs that some policies do not read; who turns one of them in vain is refused. `alpha` and
 # `elite` are read by all, since `visual_mass` is measured by the elite window.
 _KNOBS = {
@@ -206,6 +206,8 @@ class AirCacheConfig:
     session_columns: the most columns of one conversation, whose older pictures give way to new
         ones; None for no bound.
     pin_text: share of the KV pool up to which cached text outlasts visual KV (server only).
+    shadow: share of the compressed answers that are compared with the full KV (server only).
+    guard: share of tokens that may differ before `retention` is raised; None for any (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
     """
@@ -224,6 +226,8 @@ class AirCacheConfig:
     rungs: tuple[float, ...] = ()
     session_columns: int | None = None
     pin_text: float = 0.5
+    shadow: float = 0.0
+    guard: float | None = None
     ablation: Ablation = Ablation()
     return_selection: bool = False
 
@@ -258,6 +262,10 @@ class AirCacheConfig:
             if self.session_columns is None
             else _check_count(name("session_columns"), self.session_columns),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
+            shadow=_check_share(name("shadow"), self.shadow, zero_allowed=True),
+            guard=None
+            if self.guard is None
+            else _check_share(name("guard"), self.guard, zero_allowed=False),
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
@@ -267,7 +275,19 @@ class AirCacheConfig:
             config._check_pressure(name)
         if config.session_columns is not None and config.policy != "none":
             config._check_session(name)
+        if config.guard is not None:
+            config._check_guard(name)
         return config
+
+    def _check_guard(self, name: Callable[[str], str]) -> None:
+        """Refuse a guard without evidence, and one beside other ladders."""
+        for field, good, wanted in (
+            ("shadow", self.shadow > 0, "above 0"),
+            ("rungs", not self.rungs, "unset"),
+            ("session_columns", self.session_columns is None, "unset"),
+        ):
+            if not good:
+                raise ValueError(f"{name('guard')} needs {name(field)} {wanted}")
 
     def _check_session(self, name: Callable[[str], str]) -> None:
         """Refuse what a bounded conversation cannot do, and a bound that holds no picture."""
@@ -344,6 +364,8 @@ class AirCacheConfig:
             rungs=_check_rungs("--aircache-rungs", args.aircache_rungs),
             session_columns=args.aircache_session_columns,
             pin_text=args.aircache_pin_text,
+            shadow=args.aircache_shadow,
+            guard=args.aircache_guard,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         )
         if config.rungs:
