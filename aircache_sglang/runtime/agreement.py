@@ -115,8 +115,8 @@ class Tally:
         p = min(1.0, self.d / self.n)
         variance = self._ratio_variance(p, self.dd, self.nd)
         effective: float = self.requests
-        if variance > 0 and 0 < p < 1:
-            effective = min(self.n, p * (1 - p) / variance)
+        if self.requests > 1 and 0 < p < 1:
+            effective = min(self.n, p * (1 - p) / max(variance, 1e-30))
         return p, *wilson(p, effective, z)
 
     def same_answers(self, z: float = Z) -> tuple[float, float, float]:
