@@ -275,11 +275,9 @@ class AirCacheConfig:
             config._check_pressure(name)
         if config.session_columns is not None and config.policy != "none":
             config._check_session(name)
-        if config.guard is not None:
-            config._check_guard(name)
         return config
 
-    def _check_guard(self, name: Callable[[str], str]) -> None:
+    def _check_guard(self) -> None:
         """Refuse a guard without evidence, and one beside other ladders."""
         for field, good, wanted in (
             ("shadow", self.shadow > 0, "above 0"),
@@ -287,7 +285,8 @@ class AirCacheConfig:
             ("session_columns", self.session_columns is None, "unset"),
         ):
             if not good:
-                raise ValueError(f"{name('guard')} needs {name(field)} {wanted}")
+                flag = f"--aircache-{field.replace('_', '-')}"
+                raise ValueError(f"--aircache-guard needs {flag} {wanted}")
 
     def _check_session(self, name: Callable[[str], str]) -> None:
         """Refuse what a bounded conversation cannot do, and a bound that holds no picture."""
@@ -371,6 +370,8 @@ class AirCacheConfig:
         if config.rungs:
             config = config._with_rungs(cls().retention)
         config = config.validated("--aircache-")
+        if config.guard is not None:
+            config._check_guard()
         turned = [*_changed(config, cls()), *_changed(config.ablation, Ablation(), "ablation.")]
         config._check_turned(turned, "--aircache-")
         return config

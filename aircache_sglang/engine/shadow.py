@@ -53,6 +53,18 @@ Row = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(slots=True)
+class Captured:
+    """What is kept of an answer that is being generated.
+
+    items: the prompt's pictures, of which SGLang's own lose their pixels before the request's KV is
+    released (batch_result_processor.py); rows: by index in the answer.
+    """
+
+    items: list[Any]
+    rows: dict[int, Row] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
 class Sample:
     """A finished answer that waits for its comparison.
 
@@ -129,8 +141,8 @@ class Shadows:
             # Below 0: a chunk that does not end the prompt.
             if 0 <= index < ANSWER_TOKENS:
                 if state.captured is None:
-                    state.captured = {}
-                chosen.append((row, state.captured, index))
+                    state.captured = Captured(list(map(copy.copy, req.multimodal_inputs.mm_items)))
+                chosen.append((row, state.captured.rows, index))
         if chosen:
             rows = to_device((row for row, _, _ in chosen), logits.device, torch.int64)
             top = logits[rows].float().log_softmax(dim=-1).topk(min(TOP, logits.shape[1]))
@@ -163,13 +175,12 @@ class Shadows:
             return
         answer = req.output_ids_through_stop[:ANSWER_TOKENS]
         first = 0 if record.reused else min(r.packed_at for r in (record, *packs))
-        indices = [i for i in range(first, len(answer)) if captured and i in captured]
+        indices = [i for i in range(first, len(answer)) if captured and i in captured.rows]
         if not indices:
             # Nothing of it was drawn from packed cells.
             return
         assert captured is not None, "there are indices"
-        inputs = req.multimodal_inputs
-        items = [copy.copy(item) for item in inputs.mm_items]
+        inputs, items = req.multimodal_inputs, captured.items
         prompt = req.origin_input_ids
         ids = prompt + answer[: indices[-1] + 1]
         positions = inputs.mrope_positions
@@ -189,7 +200,7 @@ class Shadows:
                 input_ids=ids,
                 n_prompt=len(prompt),
                 indices=indices,
-                rows=[captured[i] for i in indices],
+                rows=[captured.rows[i] for i in indices],
                 inputs=dataclasses.replace(
                     inputs,
                     mm_items=items,
