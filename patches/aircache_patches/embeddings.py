@@ -12,14 +12,9 @@ from typing import Any
 
 from sglang.srt.managers import mm_schedule
 
-from aircache_patches import process
-
 
 def flush_cache_after_weight_update(*args: Any, **kwargs: Any) -> None:
     """BEFORE SchedulerWeightUpdaterManager.flush_cache_after_weight_update, to which every update
     comes that has changed the weights, whether it may flush or not (`flush_cache: false`)."""
     if mm_schedule.embedding_cache is not None:
         mm_schedule.embedding_cache.clear()
-    shadows = process.compressor().shadows
-    if shadows is not None:
-        shadows.drop_all("weights_changed")

@@ -221,7 +221,7 @@ def disaggregation_hooks(mode: str) -> list[Hook]:
 
 
 def shadow_hooks() -> list[Hook]:
-    """Hooks of a server with --aircache-shadow; one of them stands for one of `hooks`."""
+    """Hooks of a server with --aircache-shadow; the last two stand for two of `hooks`."""
     from aircache_patches import shadow
 
     before, srt = HookType.BEFORE, "sglang.srt.managers."
@@ -243,6 +243,12 @@ def shadow_hooks() -> list[Hook]:
         ),
         Hook(srt + "scheduler.Scheduler.flush_cache", shadow.flush_cache, before),
         Hook(srt + "scheduler.Scheduler.abort_request", shadow.abort_request, before),
+        Hook(
+            srt + "scheduler_components.weight_updater"
+            ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update",
+            shadow.flush_cache_after_weight_update,
+            before,
+        ),
         Hook(
             srt + "scheduler_components.output_streamer.SchedulerOutputStreamer",
             shadow.ShadowOutputStreamer,

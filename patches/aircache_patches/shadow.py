@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import GetInternalStateReq
 
-from aircache_patches import process
+from aircache_patches import embeddings, process
 from aircache_patches.output import AirCacheOutputStreamer
 from aircache_sglang.engine.shadow import ShadowReq, Shadows
 
@@ -59,6 +59,13 @@ def abort_request(scheduler: Any, recv_req: Any) -> None:
     """BEFORE Scheduler.abort_request."""
     if recv_req.abort_all:
         shadows().drop_all("aborted")
+
+
+def flush_cache_after_weight_update(*args: Any, **kwargs: Any) -> None:
+    """BEFORE SchedulerWeightUpdaterManager.flush_cache_after_weight_update: answers of old weights
+    are not compared with new ones."""
+    embeddings.flush_cache_after_weight_update(*args, **kwargs)
+    shadows().drop_all("weights_changed")
 
 
 class ShadowOutputStreamer(AirCacheOutputStreamer):

@@ -88,7 +88,8 @@ def settled(server: Server, at_least: int = 0) -> dict[str, Any]:
         if found["waiting"] == 0 and ended >= at_least:
             return found
         assert time.monotonic() < deadline, (found, server.log_tail())
-        time.sleep(0.05)
+        # Each look is a request to the server, too.
+        time.sleep(0.25)
 
 
 def row_of(server: Server, policy: str, retention: str) -> dict[str, Any]:
@@ -148,14 +149,14 @@ def test_a_right_policy_is_cleared(documents: Server) -> None:
     before = compared(settled(documents))
     fields = {"custom_params": {"aircache": {"policy": "aircache", "retention": 0.5}}}
     ask_next = questions()
-    for start in (0, 16, 32):
+    for start in (0, 16):
         puts = list(itertools.islice(ask_next, 16))
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda put: put(documents, rid=rid(sampled=True), **fields), puts))
         settled(documents, before + start + 16)
     row = row_of(documents, "aircache", "0.5")
-    assert row["requests"] == 48
-    assert row["agreement"][1] > 0.9, row
+    assert row["requests"] == 32
+    assert row["agreement"][1] > 0.85, row
 
 
 def test_a_wrong_policy_is_found_and_the_guard_moves(documents: Server) -> None:
@@ -281,7 +282,7 @@ def test_a_request_that_comes_is_served_and_the_shadow_dropped(chunked: Server) 
     deadline = time.monotonic() + 60
     while compared(shadow_of(chunked)) == before:
         assert time.monotonic() < deadline, shadow_of(chunked)
-        time.sleep(0.05)
+        time.sleep(0.25)
 
 
 def test_what_waits_goes_with_the_cache(chunked: Server) -> None:
