@@ -31,6 +31,7 @@ from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
     pytest.mark.server,
+    pytest.mark.slow,
     pytest.mark.skipif(has_accelerator(), reason="SGLang would use the accelerator"),
 ]
 
