@@ -382,7 +382,7 @@ class Shadows:
         guard = self._guard
         return {
             "share": self._share,
-            "waiting": len(self._waiting),
+            "waiting": len(self._waiting) + (self._current is not None),
             "waiting_bytes": self._bytes,
             "dropped": dict(self._dropped),
             "tallies": [

@@ -186,8 +186,8 @@ def test_a_wrong_policy_is_found_and_the_guard_moves(documents: Server) -> None:
         if name == "sglang:aircache_guard_moves_total"
     ]
     assert [v for name, _, v in samples if name == "sglang:aircache_guard_retention"] == [0.1]
-    totals = documents.metrics()
     tallies = settled(documents)["tallies"]
+    totals = documents.metrics()
     assert totals["sglang:aircache_shadow_tokens_total"] == sum(row["n"] for row in tallies)
     assert totals["sglang:aircache_shadow_kl_count"] == sum(row["n"] for row in tallies)
     assert totals["sglang:aircache_shadow_requests_total"] == compared(shadow_of(documents))
