@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality.masked import by_reading, cells_by_head, mixed, of_heads
+from benchmarks.quality.masked import FILE, by_reading, cells_by_head, mixed, of_heads, report
+from benchmarks.records import ROOT
 
 L, H_KV, N_V = 3, 4, 20
 
@@ -39,3 +40,8 @@ def test_text_of_one_selection_and_pictures_of_another() -> None:
     few, many = [[[0, 2]]], [[[0, 1, 2, 3]]]
     assert mixed(few, many, frozenset({2, 3})) == [[[0, 2, 3]]]
     assert mixed(many, few, frozenset({2, 3})) == [[[0, 1, 2]]]
+
+
+def test_the_page_has_the_table() -> None:
+    table = report(FILE).split("\n\n", 1)[1]
+    assert table.strip() in (ROOT / "docs" / "quality.md").read_text()
