@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `aircache`: `doctor` says whether this machine can serve with a policy, `cache` draws
 the radix tree of a running server (cache_view.py), `explain` shows on a picture what one keeps of
-it (aircache_sglang/explain), `audit` says how far its answers are from the full KV (audit.py), `top`
-watches servers (aircache_sglang/top).
+it (aircache_sglang/explain), `audit` says how far its answers are from the full KV (audit.py),
+`top` watches servers (aircache_sglang/top).
 
 Nothing here imports SGLang or torch before a subcommand needs them, so that the doctor can speak
 where they are missing or broken.
