@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from aircache_patches import process
 from aircache_sglang.config import REQUEST_KEY
 
@@ -20,4 +22,5 @@ def get_internal_state(result: Any, controller: Any, recv_req: Any) -> None:
     """AFTER SchedulerInternalStateController.get_internal_state: the tree, for `aircache cache`."""
     dump = controller.scheduler.tree_cache.describe()
     dump["totals"] = dict(process.compressor().metrics.totals)
+    dump["dp_rank"] = get_parallel().dp_rank or 0
     result.internal_state[REQUEST_KEY] = dump
