@@ -32,7 +32,7 @@ from benchmarks.report import header, table
 PICTURES, QUESTIONS, AT_ONCE, TRIALS = 8, 5, 4, 3
 FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384"),
-    *("--kv-policy", "aircache", "--aircache-gate", "off"),
+    *("--kv-policy", "aircache", "--aircache-gate", "off", "--enable-metrics"),
 )
 IDEAL = "ideal"
 # The router's flags; `manual` alone reads the key that all requests have.
@@ -69,6 +69,7 @@ def trial(url: str, servers: Sequence[Server], trial: int, at_once: int = AT_ONC
 
     for server in servers:
         server.flush_cache()
+    before = [asked_of(server) for server in servers]
 
     def ask(job: tuple[str, str]) -> Any:
         text, image = job
@@ -99,7 +100,13 @@ def trial(url: str, servers: Sequence[Server], trial: int, at_once: int = AT_ONC
         "prompt_tokens": sum(lengths),
         "new_tokens": sum(new),
         "whole_prompts": sum(n > 320 for n in new),
+        "by_server": [asked_of(s) - n for s, n in zip(servers, before, strict=True)],
     }
+
+
+def asked_of(server: Server) -> int:
+    """Requests that a server has answered so far."""
+    return round(server.metrics().get("sglang:num_requests_total", 0))
 
 
 def measure(results: Results) -> None:
@@ -129,15 +136,17 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         f"{PICTURES} pictures of 320 visual tokens, {QUESTIONS} questions about each, over two "
         f"servers: prompt tokens that were computed, in {TRIALS} trials. *Whole* are prompts whose "
-        f"picture was not found; {PICTURES} is the least.\n"
+        f"picture was not found; {PICTURES} is the least. *Busier* is the server with more to do: "
+        f"its share of {PICTURES * QUESTIONS} requests.\n"
     )
     lines = []
     for policy in (IDEAL, *POLICIES):
         found = [row for row in rows if row["key"]["policy"] == policy]
         if found:
-            columns = ("new_tokens", "whole_prompts")
-            lines.append([policy, *(" / ".join(str(row[c]) for row in found) for c in columns)])
-    yield table(["policy", "new tokens", "whole"], lines)
+            columns = [[row[c] for row in found] for c in ("new_tokens", "whole_prompts")]
+            columns.append([max(row["by_server"]) for row in found])
+            lines.append([policy, *(" / ".join(map(str, column)) for column in columns)])
+    yield table(["policy", "new tokens", "whole", "busier"], lines)
     for policy, flags in POLICIES.items():
         yield f"- {policy}: `{' '.join(flags)}`"
     yield ""
