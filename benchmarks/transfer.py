@@ -51,6 +51,7 @@ POOL, HELD_VISUAL, HELD_ANSWER, ASKED = 20_480, 4096, 128, 40
 FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--enable-metrics", "--sleep-on-idle"),
     *("--chunked-prefill-size", "32768", "--context-length", "32768"),
+    *("--mem-fraction-static", "0.3"),
 )
 PREFILL = ("--max-total-tokens", "65536")
 DECODE = ("--max-total-tokens", str(POOL), "--num-reserved-decode-tokens", "16")
