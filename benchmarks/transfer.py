@@ -47,13 +47,15 @@ VISUAL = (1024, 4096, 8192, 16384)
 ROUNDS = 3
 PICTURE = 32  # tokens a side
 SLOT, OF_7B = 4 * 2 * 2 * 16 * 4, 56 * 1024  # bytes
-POOL, HELD_VISUAL, HELD_ANSWER, ASKED = 20_480, 4096, 128, 40
+POOL, HELD_VISUAL, HELD_ANSWER, ASKED = 20_480, 1024, 512, 40
 FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--enable-metrics", "--sleep-on-idle"),
     *("--chunked-prefill-size", "32768", "--context-length", "32768"),
     *("--mem-fraction-static", "0.3"),
 )
 PREFILL = ("--max-total-tokens", "65536")
+# A server that prepares pictures answers no heartbeat.
+PATIENT = {"SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "30"}
 DECODE = ("--max-total-tokens", str(POOL), "--num-reserved-decode-tokens", "16")
 
 
@@ -133,30 +135,39 @@ def held(pair: Pair) -> Row:
     }
 
 
-def measure(results: Results) -> None:
+def measure(results: Results, modes: Sequence[str], sizes: Sequence[int]) -> None:
     from aircache_sglang.testing.checkpoints import make_qwen2_vl
     from aircache_sglang.testing.network import own_network
     from aircache_sglang.testing.pair import Pair
 
     with TemporaryDirectory() as folder, own_network():
         model = make_qwen2_vl(Path(folder) / "model")
-        for mode, flags in MODES.items():
+        for mode in modes:
             keys = [
                 {"benchmark": "transfer", "mode": mode, "gbit": link, "visual_tokens": visual}
-                for visual in VISUAL
+                for visual in sizes
                 for link in LINKS
             ]
             last = {"benchmark": "held", "mode": mode, "visual_tokens": HELD_VISUAL, "pool": POOL}
             if all(map(results.has, [*keys, last])):
                 continue
-            with Pair(model, [*FLAGS, *flags], prefill=PREFILL, decode=DECODE) as pair:
-                for visual in VISUAL:
+            servers = Pair(
+                model, [*FLAGS, *MODES[mode]], prefill=PREFILL, decode=DECODE, env=PATIENT
+            )
+            with servers as pair:
+                for visual in sizes:
+                    if all(map(results.has, keys_of(keys, visual))):
+                        continue
                     ask(pair, prompt(visual), 2)  # from now on it is in the tree
-                    for key in (key for key in keys if key["visual_tokens"] == visual):
+                    for key in keys_of(keys, visual):
                         throttle(key["gbit"])
                         results.measure(key, partial(handover, pair, prompt(visual)))
                     throttle(None)
                 results.measure(last, partial(held, pair))
+
+
+def keys_of(keys: Sequence[Row], visual: int) -> list[Row]:
+    return [key for key in keys if key["visual_tokens"] == visual]
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -240,6 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("action", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--file", type=Path, default=RESULTS / "transfer.jsonl")
+    parser.add_argument("--mode", action="append", choices=MODES, help="may be repeated")
+    parser.add_argument(
+        "--visual", type=int, action="append", choices=VISUAL, help="may be repeated; default: all"
+    )
     parser.add_argument("--fresh", action="store_true", help="drop the rows that are there")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -248,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.fresh:
             arguments.file.unlink(missing_ok=True)
         about = {"preset": "transfer", "model": "the tests' tiny Qwen2-VL"}
-        measure(Results(arguments.file, about | {"flags": " ".join(FLAGS), "url": None}))
+        results = Results(arguments.file, about | {"flags": " ".join(FLAGS), "url": None})
+        measure(results, arguments.mode or list(MODES), arguments.visual or VISUAL)
     rows = read(arguments.file)
     text = "\n".join([header(arguments.file, rows), *tables(rows)])
     arguments.file.with_suffix(".md").write_text(text)
