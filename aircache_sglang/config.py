@@ -23,11 +23,13 @@ POLICIES = (
     "aircache",
     "elastic",
     "h2o",
+    "mixkv",
     "prefixkv",
     "pyramidkv",
     "random",
     "snapkv",
     "streaming",
+    "tgvkv",
     "vlcache",
 )
 BUDGET_MODES = ("aircache", "uniform", "strength", "skewness", "pyramid", "global")
@@ -44,17 +46,19 @@ AUDIENCES = ("visual", "all")
 MASS_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 REQUEST_KEY = "aircache"
 REASON_KEY = "aircache_reason"
+# The last instruction tokens that vote, of the policies that have a window of their own.
+_VOTERS = {"snapkv": 32, "pyramidkv": 8, "mixkv": 32}
 _SERVER_ONLY = ("pin_text", "rungs")
 # The knobs that some policies do not read; who turns one of them in vain is refused. `alpha` and
 # `elite` are read by all, since `visual_mass` is measured by the elite window.
 _KNOBS = {
     "budget": ("aircache",),
-    "window": ("aircache", "snapkv", "pyramidkv"),
-    "ablation.kernel": ("snapkv", "pyramidkv"),
+    "window": ("aircache", *_VOTERS),
+    "ablation.kernel": tuple(_VOTERS),
     "ablation.seed": ("random",),
     "ablation.sinks": ("streaming",),
     # The others' heads share one selection in any case.
-    "ablation.selection": tuple(p for p in POLICIES if p not in ("elastic", "prefixkv")),
+    "ablation.selection": tuple(p for p in POLICIES if p not in ("elastic", "prefixkv", "tgvkv")),
 }
 
 _WINDOW_N = re.compile(r"(last|visual)-([1-9][0-9]{0,2})")
@@ -139,7 +143,7 @@ class Ablation:
     merge_by: into the kept token at the nearest `position`, or with the most `similar` key.
     rank: the kept tokens begin at this rank instead of 0 (paper figure 4); behind the last rank the
         count goes on at the first.
-    seed: of policy `random`. kernel: width of the pool of `snapkv` and `pyramidkv`, odd.
+    seed: of policy `random`. kernel: width of the pool of `snapkv`, `pyramidkv`, `mixkv`, odd.
     sinks: of policy `streaming`.
     audience: what may be evicted, `visual` tokens or `all` of the prompt (paper table 6).
     """
@@ -192,8 +196,8 @@ class AirCacheConfig:
     budget: what splits the columns over the layers (paper table 5): `aircache` (eq. 11), `uniform`,
         `strength` or `skewness` alone, `pyramid`; `global`, one threshold for all layers.
     window: the observation window (paper table 5): `elite`, `all` text tokens, `last-N`, or the
-        `visual-N` last visual tokens. `snapkv` and `pyramidkv` take `last-N` alone and have
-        `last-32` and `last-8` of their own.
+        `visual-N` last visual tokens. `snapkv`, `pyramidkv` and `mixkv` take `last-N` alone and
+        have `last-32`, `last-8` and `last-32` of their own.
     elite: `per-head` reference rows, or the head-mean row `shared` by all heads.
     min_visual_tokens: a request with fewer visual tokens is left alone.
     reuse: what later requests may share: `exact` KV alone, or also the `compressed` replica that a
@@ -412,7 +416,7 @@ class AirCacheConfig:
                 raise ValueError(
                     f"{prefix}{name} is a knob of {', '.join(takers)}, not of policy {self.policy}"
                 )
-        takes_last = self.policy in ("snapkv", "pyramidkv")
+        takes_last = self.policy in _VOTERS
         if "window" in names and takes_last and not self._window_of("last"):
             raise ValueError(
                 f"{prefix}window must be last-N with policy {self.policy}, got {self.window!r}"
@@ -480,14 +484,14 @@ class AirCacheConfig:
     def observed(self) -> tuple[int, int]:
         """(last instruction tokens, last visual tokens) whose queries score the picture.
 
-        The own window of `snapkv` and `pyramidkv` where `window` names no other; all of the
-        instruction for the rest.
+        A policy's own window where `window` names no other; all of the instruction for those
+        that have none.
         """
         if self.policy == "aircache":
             visual = self._window_of("visual")
             return (0, visual) if visual else (self.scoring_window()[0], 0)
-        if self.policy in ("snapkv", "pyramidkv"):
-            return self._window_of("last") or (32 if self.policy == "snapkv" else 8), 0
+        if self.policy in _VOTERS:
+            return self._window_of("last") or _VOTERS[self.policy], 0
         return INSTRUCTION_LIMIT, 0
 
     def _window_of(self, kind: str) -> int:

@@ -82,9 +82,11 @@ def asked(req: Any, *, has_tree: bool = True) -> Asked | None:
     if inputs is None:
         return None
     answer = state_of(req).max_new_tokens or params.max_new_tokens
-    reserved = min(params.max_new_tokens, CLIP_MAX_NEW_TOKENS)
+    # managers/schedule_policy.py, add_one_req; what an earlier life has said is prefilled again.
+    n_said = len(req.output_ids)
+    reserved = n_said + min(max(params.max_new_tokens - n_said, 0), CLIP_MAX_NEW_TOKENS)
     if params.ignore_eos and not has_tree:
-        # managers/schedule_policy.py, add_one_req_ignore_eos: the whole answer has to fit.
+        # add_one_req_ignore_eos: the whole answer has to fit.
         reserved = params.max_new_tokens
     return Asked(
         input_ids=req.origin_input_ids,

@@ -26,6 +26,7 @@ from aircache_sglang.policy.importance import (
 )
 from aircache_sglang.policy.mass import visual_mass
 from aircache_sglang.policy.merge import merge_dropped
+from aircache_sglang.policy.mixkv import MixKV
 from aircache_sglang.policy.paper import (
     elite_mask,
     importance,
@@ -41,6 +42,7 @@ from aircache_sglang.policy.random import Random
 from aircache_sglang.policy.registry import get_policy, policy_names, register_policy
 from aircache_sglang.policy.snapkv import SnapKV
 from aircache_sglang.policy.streaming import Streaming
+from aircache_sglang.policy.tgvkv import TGVKV
 from aircache_sglang.policy.threshold import global_counts
 from aircache_sglang.policy.validation import validate_alpha, validate_retention
 from aircache_sglang.policy.vlcache import VLCache
@@ -50,8 +52,10 @@ __all__ = [
     "DEFAULT_WINDOW",
     "ELITE_MODES",
     "H2O",
+    "TGVKV",
     "AirCache",
     "Elastic",
+    "MixKV",
     "Policy",
     "PrefixKV",
     "PyramidKV",

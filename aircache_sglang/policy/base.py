@@ -21,6 +21,7 @@ class States:
         are the last of them (paper, table 6).
     k_context: [L, N_c, H_kv, D] keys of all text before the instruction, for a policy that
         `reads_context`; None stands for none.
+    v_visual: [L, N_v, H_kv, D] values of the visual tokens, for a policy that `reads_values`.
     q_visual: [L, W, H_q, D] queries of the last W visual tokens, W = min(N_v, `visual_window`).
     accumulated: float32 [L, H_kv, N_v], for a policy that `accumulates`; see `accumulate`.
     scale: the model's softmax scale, `D ** -0.5` for None.
@@ -32,6 +33,7 @@ class States:
     k_text: Tensor
     k_visual: Tensor
     k_context: Tensor | None = None
+    v_visual: Tensor | None = None
     q_visual: Tensor | None = None
     accumulated: Tensor | None = None
     unified: bool = False
@@ -52,6 +54,7 @@ class Policy(ABC):
     `__init__`. The budgets are uniform unless a policy says otherwise.
 
     reads_context: `score` or `statistics` looks at `States.k_context`.
+    reads_values: it looks at `States.v_visual`.
     accumulates: it looks at `States.accumulated`.
     shares_selection: all KV heads of a layer keep the same tokens: the engine puts the mean over
         heads and ranks in the place of `score`'s result before anything else looks at it.
@@ -63,6 +66,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     reads_context: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     shares_selection: ClassVar[bool] = False
 

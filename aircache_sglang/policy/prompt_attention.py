@@ -72,11 +72,14 @@ def instruction_attention(
             yield layer, causal_attention(q, keys, positions, key_positions, scale), visual
 
 
-def accumulated_attention(states: States, window: int | None = None) -> Tensor:
+def accumulated_attention(
+    states: States, window: int | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Attention that each visual token gets from the instruction, summed over its tokens.
 
     Args:
         window: only the last `window` instruction tokens count; None for all.
+        weights: [L, H_q, n], by which the rows of the n tokens that count are multiplied.
     Returns:
         float32 [L, H_q, N_v]. No host sync.
     """
@@ -86,8 +89,14 @@ def accumulated_attention(states: States, window: int | None = None) -> Tensor:
         dtype=compute_dtype(states.q_text, states.k_visual),
         device=states.k_visual.device,
     )
+    seen = [0] * n_layers  # rows
     for layer, probabilities, visual in instruction_attention(states, window):
-        total[layer] += probabilities[..., visual].sum(dim=2).flatten(0, 1)
+        rows = probabilities[..., visual].flatten(0, 1)  # [H_q, n, N_v]
+        if weights is not None:
+            block = slice(seen[layer], seen[layer] + rows.shape[1])
+            rows = rows * weights[layer, :, block, None].to(rows.dtype)
+            seen[layer] = block.stop
+        total[layer] += rows.sum(dim=1)
     return total.to(torch.float32)
 
 

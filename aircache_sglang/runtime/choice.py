@@ -14,6 +14,7 @@ def policy_of(config: AirCacheConfig) -> Policy:
     """A policy with the knobs of `config` that it has."""
     window, visual = config.observed()
     ablation = config.ablation
+    pooled: dict[str, object] = {"window": window, "kernel": ablation.kernel}
     options: dict[str, dict[str, object]] = {
         "aircache": {
             "alpha": config.scoring_window()[1],
@@ -22,8 +23,7 @@ def policy_of(config: AirCacheConfig) -> Policy:
             "window": window or config.scoring_window()[0],
             "visual": visual,
         },
-        "snapkv": {"window": window, "kernel": ablation.kernel},
-        "pyramidkv": {"window": window, "kernel": ablation.kernel},
+        **dict.fromkeys(("snapkv", "pyramidkv", "mixkv"), pooled),
         "random": {"seed": ablation.seed},
         "streaming": {"sinks": ablation.sinks},
     }

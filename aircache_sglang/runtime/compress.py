@@ -290,12 +290,13 @@ def layer_blocks(n_layers: int, bytes_per_layer: int) -> Iterator[slice]:
 
 def judge(policy: Policy, job: Job, inputs: PassInputs, visual_slots: torch.Tensor) -> Judgement:
     """Score one request, a block of layers at a time; visual_slots: int64 [N_v]."""
-    q, record, k_all = job.q, job.record, inputs.k_all
+    q, record, k_all, v_all = job.q, job.record, inputs.k_all, inputs.v_all
     config = record.intent.config
     n_layers, _, n_heads, head_dim = k_all.shape
     text = inputs.instruction_slots(record, q.shape[1]).long()
     context = inputs.context_slots(record, q.shape[1]).long() if policy.reads_context else text[:0]
-    per_layer = (visual_slots.numel() + context.numel()) * n_heads * head_dim * k_all.element_size()
+    n_gathered = visual_slots.numel() * (1 + policy.reads_values) + context.numel()
+    per_layer = n_gathered * n_heads * head_dim * k_all.element_size()
     scores, statistics, importance = [], [], []
     for block in layer_blocks(n_layers, per_layer):
         states = States(
@@ -303,6 +304,7 @@ def judge(policy: Policy, job: Job, inputs: PassInputs, visual_slots: torch.Tens
             k_text=k_all[block].index_select(1, text),
             k_visual=k_all[block].index_select(1, visual_slots),
             k_context=k_all[block].index_select(1, context) if policy.reads_context else None,
+            v_visual=v_all[block].index_select(1, visual_slots) if policy.reads_values else None,
             q_visual=None if job.q_visual is None else job.q_visual[block],
             accumulated=None if job.accumulated is None else job.accumulated[block],
             unified=record.intent.prompt.is_unified,

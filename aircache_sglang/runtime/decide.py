@@ -172,7 +172,8 @@ class Asked:
 
     input_ids: the padded prompt; mm_items, bare_ids, expected: see `read_prompt`.
     custom_params: of its sampling parameters; max_new_tokens: of its answer.
-    reserved: tokens of the answer that admission sets slots aside for, at most max_new_tokens.
+    reserved: tokens of the answer that admission sets slots aside for, at most max_new_tokens; with
+        those that were said before a retraction.
     supported: whether it uses nothing that compression cannot serve.
     """
 

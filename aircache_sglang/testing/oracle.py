@@ -43,6 +43,7 @@ class _Forward:
     visible: dict[int, torch.Tensor]  # bool [H_kv, S, S]
     q: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_q, S, D]
     k: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [H_kv, S, D]
+    v: list[torch.Tensor] = dataclasses.field(default_factory=list)  # as k
 
 
 _current: _Forward | None = None
@@ -75,6 +76,7 @@ def _attention(
     assert _current is not None and query.shape[0] == 1
     _current.q.append(query[0])
     _current.k.append(key[0])
+    _current.v.append(value[0])
     group = query.shape[1] // key.shape[1]
     logits = query[0] @ key[0].repeat_interleave(group, dim=0).transpose(1, 2) * scaling
     layer: Any = module.layer_idx
@@ -92,7 +94,7 @@ class Trace:
     """The oracle's answer to one request.
 
     logprobs: float32 [T, vocabulary], row i is the distribution that token i was drawn from.
-    q: [L, N, H_q, D] and k: [L, N, H_kv, D] of the prompt's N tokens, after RoPE.
+    q: [L, N, H_q, D], k and v: [L, N, H_kv, D] of the prompt's N tokens, after RoPE.
     visual: int64 [N_v], positions of the visual tokens.
     unified: all tokens of the prompt could be evicted.
     """
@@ -100,6 +102,7 @@ class Trace:
     logprobs: torch.Tensor
     q: torch.Tensor
     k: torch.Tensor
+    v: torch.Tensor
     visual: torch.Tensor
     unified: bool = False
 
@@ -194,6 +197,7 @@ class Oracle:
             logprobs=output.logits[0].float().log_softmax(dim=-1),
             q=torch.stack(forward.q)[:, :, :n_prompt].transpose(1, 2),
             k=torch.stack(forward.k)[:, :, :n_prompt].transpose(1, 2),
+            v=torch.stack(forward.v)[:, :, :n_prompt].transpose(1, 2),
             visual=visual,
             unified=unified,
         )
@@ -321,7 +325,7 @@ def assert_keeps_the_best(
 
 
 def policy_states(trace: Trace, *, visual_window: int = 0) -> policy.States:
-    """All that a policy looks at, from Transformers' own queries and keys."""
+    """All that a policy looks at, from Transformers' own states."""
     text = trace.instruction
     is_context = torch.ones(text.start, dtype=torch.bool)
     is_context[trace.visual] = False
@@ -335,6 +339,7 @@ def policy_states(trace: Trace, *, visual_window: int = 0) -> policy.States:
         k_text=trace.k[:, text],
         k_visual=trace.k[:, trace.audience],
         k_context=trace.k[:, context],
+        v_visual=trace.v[:, trace.audience],
         q_visual=trace.q[:, trace.visual[-visual_window:]] if visual_window else None,
         accumulated=sums,
         unified=trace.unified,

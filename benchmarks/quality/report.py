@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.documents.questions import KINDS, evaluation_set
 from benchmarks.quality import metrics
 from benchmarks.quality.grid import read
-from benchmarks.quality.scores import Scores, difference
+from benchmarks.quality.scores import Scores, difference, interval
 from benchmarks.quality.settings import (
     ALL_BUDGETS,
     ALPHAS,
@@ -47,6 +48,7 @@ PAPER_MODEL = "Qwen2-VL-7B"  # of table 1; the ablations' is LLaVA-OV-7B
 NAMES = {
     **{FULL: "full cache", "h2o": "H2O", "elastic": "Elastic Cache", "prefixkv": "PrefixKV"},
     **{"snapkv": "SnapKV", "aircache": "AirCache", "pyramidkv": "PyramidKV", "vlcache": "VL-Cache"},
+    **{"mixkv": "MixKV", "tgvkv": "TGV-KV"},
     **{"fastv": "FastV", "fastervlm": "FasterVLM", "ivtp": "IVTP"},
 }
 # Of figure 4: what, decimals, the rows' field.
@@ -56,6 +58,7 @@ RANK_MEASURES = (
     ("Jensen-Shannon divergence in bits until the answers part", 4, "divergence"),
     ("Attention mass", 4, "visual_mass"),
 )
+ONE_THRESHOLD = "AirCache, one threshold"
 WITHIN_FULL, ABOVE_SNAPKV = 1.0, 6.5  # points; the project's goals
 
 Labelled = Sequence[tuple[str, Setting]]
@@ -466,22 +469,26 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def curve(path: Path, name: str, scores: Scores, metric: str) -> Iterator[Path]:
-    """Score over retention, a line a policy, on the samples of the first table."""
+    """Score over what is held, a line a policy, on the samples of the first table."""
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
     full = Setting.of(FULL)
     samples = scores.common([full, *(Setting.of(p, r) for p in POLICIES for r in retentions)])
-    lines = {}
-    for policy in POLICIES:
-        settings = [Setting.of(policy, r) for r in retentions]
-        points = [(s.retention, scores.score(s, samples)) for s in settings if scores.has(s)]
-        if samples and len(points) > 1:
-            lines[policy] = points
+    asked = {policy: [Setting.of(policy, r) for r in retentions] for policy in POLICIES}
+    asked[ONE_THRESHOLD] = [Setting.of("aircache", r, budget="global") for r in retentions]
+    lines: dict[str, list[tuple[float, float | None]]] = {}
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    for line, settings in asked.items():
+        answered = [s for s in settings if samples and scores.of(s).keys() >= {*samples}]
+        if len(answered) > 1:
+            lines[line] = [(s.retention, scores.score(s, samples)) for s in answered]
+            if metric != "yes_no":  # MME's figure is a sum over tasks
+                ranges[line] = [interval(scores, s, samples) for s in answered]
     if lines:
-        label = "share of the visual KV that is kept"
+        label = "share of the visual KV that is held: columns over visual tokens"
         picture = path.with_name(f"{path.stem}-{name}.png")
         level = scores.score(full, samples)
         height = f"{metric.replace('_', ' ')}, {len(samples)} samples"
-        yield plot(picture, lines, label, height=height, full=level, falling=True)
+        yield plot(*(picture, lines, label), height=height, full=level, falling=True, ranges=ranges)
 
 
 def ranks(path: Path, name: str, scores: Scores) -> Iterator[Path]:
@@ -513,8 +520,9 @@ def plot(
     height: str = "score",
     full: float | None = None,
     falling: bool = False,
+    ranges: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
 ) -> Path:
-    """Lines over a logarithmic axis, and the full cache's level."""
+    """Lines over a logarithmic axis, the ranges of their points, and the full cache's level."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -524,13 +532,18 @@ def plot(
     figure, axis = pyplot.subplots(figsize=(8, 4.2))
     if full is not None:
         axis.axhline(full, color="black", linestyle="--", label=NAMES[FULL])
-    others = iter(f"C{i}" for i in (0, 1, 2, 4, 5, 6, 7, 8, 9))
+    # The dark ones first; red is ours.
+    twenty = pyplot.get_cmap("tab20")
+    colours = iter([twenty(i) for i in (*range(0, 20, 2), *range(1, 20, 2)) if i not in (6, 7)])
     for policy in sorted(lines, key=lambda policy: -sum(y or 0 for _, y in lines[policy])):
         ours = policy == "aircache"
         style: dict[str, Any] = {"lw": 3, "ms": 7, "color": "C3", "zorder": 3} if ours else {}
-        style = style or {"lw": 1.2, "ms": 4, "color": next(others)}
-        points = zip(*lines[policy], strict=True)
-        axis.plot(*points, "o-", label=NAMES.get(policy, policy), **style)
+        style = style or {"lw": 1.2, "ms": 4, "color": next(colours)}
+        xs, ys = zip(*lines[policy], strict=True)
+        axis.plot(xs, ys, "o-", label=NAMES.get(policy, policy), **style)
+        if policy in ranges:
+            lows, highs = zip(*ranges[policy], strict=True)
+            axis.fill_between(xs, lows, highs, color=style["color"], alpha=0.12, lw=0)
     axis.set_xscale("log")
     marks = sorted({x for points in lines.values() for x, _ in points})
     axis.set_xticks(marks, [percent(x) if falling else f"{x:g}" for x in marks], minor=False)

@@ -10,7 +10,7 @@ from typing import Any
 # The order of the paper's table 1, then the other policies.
 POLICIES = (
     *("h2o", "elastic", "prefixkv", "snapkv", "aircache"),
-    *("pyramidkv", "vlcache", "streaming", "random"),
+    *("pyramidkv", "vlcache", "mixkv", "tgvkv", "streaming", "random"),
 )
 # Raised by whoever changes what a policy answers: rows of an older revision do not count any more.
 REVISIONS = {"elastic": 2, "prefixkv": 2, "pyramidkv": 2}

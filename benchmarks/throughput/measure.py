@@ -145,6 +145,8 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
     check_compression(cell, metas)
     report = metas[0].get("aircache")
     in_use = [load["num_used_tokens"] for load in watch.loads(start, until)]
+    if not in_use:
+        raise ServerError("the pool was not read while all decoded: the client came too late")
     prefilled = max(meta["prefill_finished_time"] for meta in metas)
     return {
         "prompt_tokens": metas[0]["prompt_tokens"],
@@ -156,7 +158,7 @@ def run_cell(client: Client, preset: Preset, cell: Cell) -> Row:
         "token_cpu_seconds": (cpu[1] - cpu[0]) / (count - first) if any(cpu) else None,
         "batch_cpu_seconds": None if before is None else cpu[-1] - before,
         "kv_peak": watch.most("num_used_tokens"),
-        "kv_decode": statistics.median(in_use) if in_use else None,
+        "kv_decode": statistics.median(in_use),
         "columns": report["columns"] or None if report else None,
         "reason": metas[0].get("aircache_reason"),
         "outputs": digest([chunk["output_ids"] for chunk in last]),

@@ -179,10 +179,17 @@ class Storm:
         try:
             return self._ask(job)
         except requests.RequestException as error:
-            return Outcome(job, None, repr(error))
+            return Outcome(job, None, f"{job.rid} ({job.fate}): {error!r}; {self._state()}")
         finally:
             if timer is not None:
                 timer.join()
+
+    def _state(self) -> str:
+        """What the server does while a request of ours has no answer."""
+        try:
+            return f"{loads(self.server)}\n{self.server.log_tail()}"
+        except (requests.RequestException, ValueError, LookupError) as error:
+            return f"no load: {error!r}"
 
     def _abort(self, rid: str) -> None:
         requests.post(self.server.url + "/abort_request", json={"rid": rid}, timeout=60)

@@ -91,7 +91,8 @@ def check_outcomes(outcomes: Sequence[Outcome], *, n_layers: int = 4) -> list[Ou
 
     n_layers: of the model, those that attend.
     """
-    assert [outcome.error for outcome in outcomes if outcome.error] == []
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert not errors, "\n".join(errors)
     for outcome in outcomes:
         assert outcome.finished or outcome.job.fate != "finish", outcome
     finished = [outcome for outcome in outcomes if outcome.finished]

@@ -149,7 +149,8 @@ def storm(server: Server, seed: int, slots: int, *, compressed: int = 15) -> Non
     """At least so many of its requests are compressed."""
     jobs = make_jobs(seed, 120, make_prompts(seed + 1, 36), longest=60)
     outcomes = Storm(server, concurrency=16).run(jobs, waves=2)
-    assert [outcome.error for outcome in outcomes if outcome.error] == []
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert not errors, "\n".join(errors)
     finished = [outcome for outcome in outcomes if outcome.finished]
     n_compressed = 0
     for outcome in finished:

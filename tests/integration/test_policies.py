@@ -112,7 +112,7 @@ def test_what_scores_visual_queries_computes_them_anew(answers: dict[str, Any]) 
     assert cached["h2o"] == cached["elastic"] == cached["prefixkv"]
     assert cached["visual window"] == cached["snapkv"] - 32
     assert cached["h2o, text too"] == 0, "nor the text before them"
-    names = ("snapkv", "aircache", "random", "vlcache", "text too")
+    names = ("snapkv", "aircache", "mixkv", "random", "tgvkv", "vlcache", "text too")
     assert len({cached[name] for name in names}) == 1
 
 

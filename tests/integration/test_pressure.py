@@ -23,6 +23,7 @@ from aircache_sglang.testing.prompts import (
     user_prompt,
     words,
 )
+from aircache_sglang.testing.server import png_data_url
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import Storm, make_jobs, make_prompts, wait_idle
 from tests.integration.test_memory import settled_metrics
@@ -133,6 +134,46 @@ def test_answers_agree_with_transformers_at_every_rung(pressed: Server, oracle: 
     assert any(len(steps) > 1 for steps in rungs), rungs
     wait_idle(pressed)
     assert settled_metrics(pressed, {"sglang:kv_used_tokens": 0})["sglang:aircache_packs_total"] > 0
+
+
+def test_what_fits_no_more_once_retracted_stays_whole(pressed: Server) -> None:
+    """Prompt and columns fit, but not with what was said until SGLang took the slots back."""
+    prompt = user_prompt(picture(61, 16, 21), "what do you see?" + words(85))
+    whole = ask(pressed, prompt, {"retention": 1.0}, max_new_tokens=100)
+    assert whole["meta_info"]["prompt_tokens"] + 100 < 600 < POOL < 600 + RUNGS[0] * 16 * 21
+    for _ in range(8):
+        pressed.flush_cache()
+        last = retracted_at(pressed, prompt, 40, max_new_tokens=100)
+        assert last["output_ids"] == whole["output_ids"]
+        if last["meta_info"]["num_retractions"]:
+            assert last["meta_info"]["aircache_reason"] == "pool_too_small"
+            return
+    pytest.fail("every answer was there before it could be retracted")
+
+
+def retracted_at(
+    server: Server, prompt: Prompt, n_said: int, *, max_new_tokens: int
+) -> dict[str, Any]:
+    """The last chunk of an answer that is retracted once so many tokens have been seen."""
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "custom_params": {"aircache": {"retention": RUNGS[0]}},
+    }
+    body = {
+        "text": prompt.text,
+        "image_data": [png_data_url(image) for image in prompt.images],
+        "sampling_params": sampling,
+    }
+    last: dict[str, Any] = {}
+    retracted = False
+    for last in server.stream("/generate", body):
+        if last["meta_info"]["completion_tokens"] >= n_said and not retracted:
+            retracted = True
+            assert server.request("POST", "/pause_generation", {"mode": "retract"}).ok
+            assert server.request("POST", "/continue_generation", {}).ok
+    return last
 
 
 def test_alone_answers_are_those_of_stock(roomy: Server, stock_server: Server) -> None:
@@ -246,7 +287,8 @@ def test_a_storm_under_pressure_leaves_no_slot_behind(checkpoint: Path, kind: st
     with PreloadedServer(checkpoint, flags, env=HOPEFUL) as server:
         jobs = make_jobs(4, 300, make_prompts(3, 36), longest=100)
         outcomes = Storm(server, concurrency=24).run(jobs, waves=3)
-        assert [outcome.error for outcome in outcomes if outcome.error] == []
+        errors = [outcome.error for outcome in outcomes if outcome.error]
+        assert not errors, "\n".join(errors)
         finished = [outcome for outcome in outcomes if outcome.finished]
         for outcome in finished:
             assert outcome.answer is not None

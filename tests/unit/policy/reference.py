@@ -234,6 +234,50 @@ def density(
     return dense / seen
 
 
+def text_weighted(
+    q: Heads, k_context: Heads, k_visual: Heads, k_text: Heads, scale: float
+) -> tuple[list[Vector], float]:
+    """TGV-KV: each query head's scores, and what the picture gets, the mean over heads."""
+    group, first = len(q[0]) // len(k_text[0]), len(k_context)
+    last, n_text = first + len(k_visual), len(q)
+    scores, given = [], []
+    for head in range(len(q[0])):
+        rows = prompt_rows(q, [*k_context, *k_visual], k_text, head, group, scale)
+        weights = [
+            math.fsum(rows[i][last + j] for i in range(j, n_text)) / (n_text - j)
+            for j in range(n_text)
+        ]
+        scores.append(
+            [
+                math.fsum(row[v] * w for row, w in zip(rows, weights, strict=True))
+                for v in range(first, last)
+            ]
+        )
+        given.append(math.fsum(math.fsum(row[first:last]) for row in rows))
+    return scores, math.fsum(given) / len(given)
+
+
+def mixed(votes: Vector, keys: list[Vector], values: list[Vector]) -> Vector:
+    """MixKV: the scores of one KV head; votes: its pooled ones."""
+
+    def levelled(scores: Vector) -> Vector:
+        spread = [(s - min(scores)) / (max(scores) - min(scores)) for s in scores]
+        factor = math.fsum(votes) / math.fsum(spread)
+        return [s * factor for s in spread]
+
+    n = len(keys)
+    units = [[x / math.sqrt(dot(key, key)) for x in key] for key in keys]
+    cosines = [[dot(a, b) for b in units] for a in units]
+    pairs = [cosines[i][j] for i in range(n) for j in range(n) if i != j]
+    alike = min(1.0, max(0.0, math.fsum(pairs) / len(pairs)))
+    unlike = levelled([-math.fsum(row) / n for row in cosines])
+    norms = levelled([math.sqrt(dot(value, value)) for value in values])
+    return [
+        alike * u + (1 - alike) * (vote + norm)
+        for u, vote, norm in zip(unlike, votes, norms, strict=True)
+    ]
+
+
 def received(q: Heads, k: Heads, visual: list[int], scale: float) -> list[Vector]:
     """Per query head, what each visual position gets from all positions of the prompt, summed."""
     n_heads, group = len(q[0]), len(q[0]) // len(k[0])

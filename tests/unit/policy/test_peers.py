@@ -41,6 +41,7 @@ def given() -> States:
         k_text=normal(N_T, H_KV),
         k_visual=normal(N_V, H_KV),
         k_context=normal(N_C, H_KV),
+        v_visual=normal(N_V, H_KV),
         q_visual=normal(5, H_KV * GROUP),
         scale=SCALE,
     )
@@ -147,6 +148,44 @@ def test_vlcache_gives_to_the_dense_layers(given: States) -> None:
     assert budgets[1] == min(budgets) < max(budgets)
 
 
+def test_tgvkv_weighs_by_the_attention_of_text_to_text(given: States) -> None:
+    policy = get_policy("tgvkv")
+    parts = (given.q_text, given.k_context, given.k_visual, given.k_text)
+    found = [
+        reference.text_weighted(*(part[layer].tolist() for part in parts), SCALE)  # type: ignore[index]
+        for layer in range(L)
+    ]
+    scores = policy.score(given)
+    assert_scores(scores, [reference.over_groups(weighted, H_KV) for weighted, _ in found])
+    statistics = policy.statistics(given, scores)
+    shares = [share for _, share in found]
+    torch.testing.assert_close(statistics, torch.tensor([shares], dtype=torch.float64))
+    budgets = policy.budgets(statistics, N_V, 5).tolist()
+    assert budgets == reference.largest_remainder(shares, 5 * L, N_V)
+    assert policy.shares_selection
+
+
+@pytest.mark.parametrize("likeness", [0.0, 3.0])
+def test_mixkv_takes_diversity_where_keys_are_alike(given: States, likeness: float) -> None:
+    keys = given.k_visual.clone()
+    keys[1, :, 1] += likeness  # one head of one layer
+    given = dataclasses.replace(given, k_visual=keys)
+    policy = get_policy("mixkv", window=3, kernel=5)
+    assert given.v_visual is not None
+    wanted = []
+    for layer in range(L):
+        pooled = [reference.max_pool(row, 5) for row in votes(given, layer, 3)]
+        wanted.append(
+            [
+                reference.mixed(
+                    row, keys[layer, :, head].tolist(), given.v_visual[layer, :, head].tolist()
+                )
+                for head, row in enumerate(reference.over_groups(pooled, H_KV))
+            ]
+        )
+    assert_scores(policy.score(given), wanted)
+
+
 def test_streaming() -> None:
     k = torch.zeros(2, 9, 3, 4)
     for sinks, wanted in ((2, [0, 1, 8, 7, 6, 5, 4, 3, 2]), (0, [8, 7, 6, 5, 4, 3, 2, 1, 0])):
@@ -200,9 +239,11 @@ def test_h2o_sums_all_queries_in_any_chunks(
 def test_blocks_of_rows_do_not_change_the_votes(
     monkeypatch: pytest.MonkeyPatch, given: States
 ) -> None:
-    whole = get_policy("vlcache").score(given)
+    names = ("vlcache", "tgvkv")
+    whole = [get_policy(name).score(given) for name in names]
     monkeypatch.setattr(prompt_attention, "MAX_ELEMENTS", 1)
-    torch.testing.assert_close(get_policy("vlcache").score(given), whole)
+    for name, wanted in zip(names, whole, strict=True):
+        torch.testing.assert_close(get_policy(name).score(given), wanted)
 
 
 def test_the_visual_window_is_causal(given: States) -> None:

@@ -94,11 +94,13 @@ def states(
     sums = torch.zeros((layers, 2, n_visual), device=device)
     for layer in range(layers):
         accumulate(sums[layer], q[layer], k[layer], 0, torch.tensor(visual, device=device), 8**-0.5)
+    v = torch.randn((layers, n_visual, 2, 8), generator=generator).to(device)
     return States(
         q_text=q[:, -n_text:],
         k_text=k[:, -n_text:],
         k_visual=k[:, visual],
         k_context=k[:, context],
+        v_visual=v,
         q_visual=q[:, visual[-4:]],
         accumulated=sums,
         salt=7,
@@ -110,13 +112,14 @@ def part_of(whole: States, layers: slice, heads: slice) -> States:
     group = whole.q_text.shape[2] // whole.k_text.shape[2]
     query_heads = slice(heads.start * group, heads.stop * group)
     assert whole.k_context is not None and whole.q_visual is not None
-    assert whole.accumulated is not None
+    assert whole.accumulated is not None and whole.v_visual is not None
     return dataclasses.replace(
         whole,
         q_text=whole.q_text[layers, :, query_heads],
         k_text=whole.k_text[layers, :, heads],
         k_visual=whole.k_visual[layers, :, heads],
         k_context=whole.k_context[layers, :, heads],
+        v_visual=whole.v_visual[layers, :, heads],
         q_visual=whole.q_visual[layers, :, query_heads],
         accumulated=whole.accumulated[layers, heads],
         first_layer=layers.start,

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the lab's masks split cells among heads, and mix what two selections keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.quality.masked import FILE, by_reading, cells_by_head, mixed, of_heads, report
+from benchmarks.records import ROOT
+
+L, H_KV, N_V = 3, 4, 20
+
+
+def test_heads_of_a_layer_share_its_cells_by_their_highest_scores() -> None:
+    scores = torch.rand((L, H_KV, N_V), generator=torch.Generator().manual_seed(1))
+    scores[1, 2] += 1  # one head has all the highest
+    counts = of_heads(scores, torch.tensor([5, 5, 2]))
+    assert counts.sum(dim=1).tolist() == [20, 20, 8]
+    # Its 20 cells, of which a fifth goes to all four.
+    assert counts[1].tolist() == [1, 1, 17, 1]
+    assert (counts >= 1).all() and (counts <= N_V).all()
+
+
+@pytest.mark.parametrize("m", [1, 3, 10])
+def test_heads_that_read_get_more_of_all_layers(m: int) -> None:
+    heads = torch.zeros(L, H_KV)
+    heads[0, 1], heads[2, 3] = 3.0, 1.0
+    counts = by_reading(heads, N_V, m)
+    assert counts.sum() == L * H_KV * m
+    assert counts[0, 1] == counts.max() and (counts >= 1).all() and (counts <= N_V).all()
+
+
+def test_the_highest_cells_stay() -> None:
+    scores = torch.tensor([[[0.1, 0.9, 0.5], [0.3, 0.3, 0.2]]])
+    assert cells_by_head(scores, torch.tensor([[2, 1]])) == [[[1, 2], [0]]]
+
+
+def test_text_of_one_selection_and_pictures_of_another() -> None:
+    few, many = [[[0, 2]]], [[[0, 1, 2, 3]]]
+    assert mixed(few, many, frozenset({2, 3})) == [[[0, 2, 3]]]
+    assert mixed(many, few, frozenset({2, 3})) == [[[0, 1, 2]]]
+
+
+def test_the_page_has_the_table() -> None:
+    table = report(FILE).split("\n\n", 1)[1]
+    assert table.strip() in (ROOT / "docs" / "quality.md").read_text()
