@@ -15,6 +15,7 @@ from typing import Any
 from aircache_sglang.connection import Connection
 
 TIMEOUT = 30.0
+DEFAULT_URL = "http://127.0.0.1:30000"
 
 
 def add_subcommand(subparsers: Any) -> None:
@@ -23,7 +24,7 @@ def add_subcommand(subparsers: Any) -> None:
         "cache", help="draw the radix tree of a running server"
     )
     parser.add_argument(
-        "--url", default="http://127.0.0.1:30000", help="the server (default: %(default)s)"
+        "--url", action="append", help=f"a server, may be repeated (default: {DEFAULT_URL})"
     )
     parser.add_argument("--api-key", help="the server's --api-key")
     parser.add_argument("--json", action="store_true", help="print the dump as it is")
@@ -31,13 +32,20 @@ def add_subcommand(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tree of each data-parallel rank; returns the exit code."""
+    """Print the tree of each data-parallel rank of each server; returns the exit code."""
+    urls = args.url or [DEFAULT_URL]
     try:
-        dumps = fetch(args.url, api_key=args.api_key)
+        dumps = [(url, dump) for url in urls for dump in fetch(url, api_key=args.api_key)]
     except ValueError as error:
         print(f"aircache cache: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(dumps, indent=2) if args.json else "\n\n".join(draw(dump) for dump in dumps))
+    if args.json:
+        print(json.dumps([dump for _, dump in dumps], indent=2))
+    elif len(dumps) == 1:
+        print(draw(dumps[0][1]))
+    else:
+        head = "{}, data-parallel rank {}\n{}"
+        print("\n\n".join(head.format(url, dump["dp_rank"], draw(dump)) for url, dump in dumps))
     return 0
 
 
@@ -48,7 +56,7 @@ def fetch(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
     dumps = [state["aircache"] for state in states or () if "aircache" in state]
     if not dumps:
         raise ValueError(f"{url} runs without --kv-policy")
-    return dumps
+    return sorted(dumps, key=lambda dump: int(dump["dp_rank"]))
 
 
 def draw(dump: dict[str, Any]) -> str:

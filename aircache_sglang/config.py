@@ -461,6 +461,12 @@ class AirCacheConfig:
             return "session_columns"
         return "ablation.audience" if self.ablation.audience == "all" else None
 
+    def needs_tree(self) -> str | None:
+        """The knob that was turned and that nothing reads without a radix cache; None for none."""
+        if self.session_columns is not None:
+            return "session_columns"
+        return "reuse" if self.reuse == "compressed" else None
+
     def needs_one_server(self) -> str | None:
         """The knob that was turned and that a prefill and a decode server cannot serve together;
         None for none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import mimetypes
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ],
             max_tokens=arguments.tokens,
             temperature=0.0,
+            # By it SGLang's router sends all questions about a picture to one server.
+            extra_headers={
+                "X-SMG-Routing-Key": hashlib.sha256(arguments.picture.read_bytes()).hexdigest()
+            },
             # What the OpenAI protocol does not know goes into the body as it is.
             extra_body={
                 "custom_params": {"aircache": {"retention": arguments.retention}},
@@ -71,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta = choice.to_dict().get("meta_info") or {}
     report = meta.get("aircache")
     if "aircache" not in meta:
-        print("The server kept all of the visual KV: it runs without --kv-policy aircache.")
+        print("No report: the server runs without --kv-policy aircache, or a router dropped it.")
     elif report is None:
         print("The server kept all of the visual KV.")
     else:

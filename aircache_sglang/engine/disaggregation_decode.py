@@ -64,6 +64,7 @@ def open_record(compressor: Compressor, req: Any) -> None:
     compressor.records[row] = record
     if state.arrived is not None:
         _take(compressor, req, record, state.arrived)
+        compressor.metrics.back(record)
 
 
 def to_receive(compressor: Compressor, req: Any, entries: torch.Tensor) -> torch.Tensor:
@@ -80,6 +81,7 @@ def commit(compressor: Compressor, req: Any, row: list[int]) -> str | None:
     if objection is None and record is not None:
         state_of(req).arrived = arrival
         _take(compressor, req, record, arrival)
+        compressor.metrics.compressed(record)
     return objection
 
 
@@ -87,4 +89,3 @@ def _take(compressor: Compressor, req: Any, record: CompressionRecord, arrival: 
     record.packed(arrival.budgets, arrival.mass, None)
     compressor.arriving[record.row] = record
     state_of(req).report = record.report()
-    compressor.metrics.compressed(record)

@@ -43,7 +43,11 @@ def foreign_peer(manager: Any, room: int) -> bool:
     ours = len(manager.kv_args.aux_data_ptrs)
     for info in list(manager.transfer_infos.get(room, {}).values()):
         peer = manager.decode_kv_args_table.get(info.mooncake_session_id)
-        if not info.is_dummy and peer is not None and len(peer.dst_aux_ptrs) != ours:
+        if info.is_dummy or peer is None:
+            continue
+        pointers = peer.dst_aux_ptrs
+        # A flag of stock SGLang makes as many buffers, and never names one twice.
+        if len(pointers) != ours or pointers[-1] != pointers[-2]:
             return True
     return False
 

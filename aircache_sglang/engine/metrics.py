@@ -118,6 +118,11 @@ class Metrics:
         self._of(self._seconds, policy).inc(record.seconds)
         self._of(self._columns, policy).inc(m)
 
+    def back(self, record: CompressionRecord) -> None:
+        """A request that was retracted has its columns again, without another pass."""
+        if self._labels is not None:
+            self._of(self._columns, record.intent.config.policy).inc(record.intent.columns)
+
     def packed(self, before: CompressionRecord | None, record: CompressionRecord) -> None:
         """A request goes to the rung of `record`, from that of `before` or from a whole picture."""
         self.at_rung(before, -1)

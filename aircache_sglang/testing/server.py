@@ -217,7 +217,7 @@ class Server(Client):
         log: str | Path | None = None,
         timeout: float = 600.0,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", model=str(model), timeout=timeout)
         self.argv = [
             *(argv if argv is not None else (sys.executable, "-m", "sglang.launch_server")),
@@ -379,7 +379,8 @@ def _signal(send: Any) -> None:
         pass
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

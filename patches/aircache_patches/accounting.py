@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from aircache_patches import process
 from aircache_sglang.config import REQUEST_KEY
 
@@ -22,6 +24,7 @@ def get_internal_state(result: Any, controller: Any, recv_req: Any) -> None:
     dump = controller.scheduler.tree_cache.describe()
     compressor = process.compressor()
     dump["totals"] = dict(compressor.metrics.totals)
+    dump["dp_rank"] = get_parallel().dp_rank or 0
     if compressor.shadows is not None:
         dump["shadow"] = compressor.shadows.describe()
     result.internal_state[REQUEST_KEY] = dump

@@ -117,7 +117,7 @@ def diagnose(model: str | None, flags: Sequence[str]) -> Diagnosis:
     checks: list[tuple[str, Callable[[], None]]] = [
         ("asking SGLang for its device", lambda: _check_device(found)),
         ("loading SGLang and its plugins", lambda: _check_flags(found)),
-        ("installing the hooks", lambda: _check_hooks(found)),
+        ("installing the hooks", lambda: _check_hooks(found, mode_of(flags))),
     ]
     if model is not None:
         checks.append(
@@ -166,7 +166,15 @@ def _check_flags(found: Diagnosis) -> None:
     found.problems.append(f"SGLang did not load the plugin, so --kv-policy is unknown: {reason}")
 
 
-def _check_hooks(found: Diagnosis) -> None:
+def mode_of(flags: Sequence[str]) -> str:
+    """The --disaggregation-mode among SGLang's flags, whose parser may yet refuse it."""
+    pair = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pair.add_argument("--disaggregation-mode", nargs="?", default="null")
+    mode = pair.parse_known_args(flags)[0].disaggregation_mode
+    return mode if mode in ("prefill", "decode") else "null"
+
+
+def _check_hooks(found: Diagnosis, mode: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from aircache_patches import install, ledger
@@ -174,14 +182,14 @@ def _check_hooks(found: Diagnosis) -> None:
     from aircache_sglang.policy import policy_names
 
     found.tested_versions = list(ledger.TESTED_VERSIONS)
-    missing = set(ledger.missing_targets())
+    missing = set(ledger.missing_targets(mode))
     try:
-        install.install(policy_names()[0], AirCacheConfig())
+        install.install(policy_names()[0], AirCacheConfig(), mode)
     except ValueError as refusal:
         found.problems.append(str(refusal))
     found.hooks = [
         HookState(hook.target, hook.target not in missing, hook.target in HookRegistry._patched)
-        for hook in ledger.hooks()
+        for hook in ledger.hooks_for(mode)
     ]
 
 

@@ -31,12 +31,13 @@ class AirCacheMetadataBuffers(MetadataBuffers):
         self.aircache = torch.zeros((size, width), dtype=torch.int32)
 
     def get_buf_infos(self) -> Any:
+        """Ours is named twice: by that a prefill server knows a decode server of ours."""
         pointers, lengths, item_lengths = super().get_buf_infos()
         ours = self.aircache
         return (
-            [*pointers, ours.data_ptr()],
-            [*lengths, ours.nbytes],
-            [*item_lengths, ours[0].nbytes],
+            [*pointers, *[ours.data_ptr()] * 2],
+            [*lengths, *[ours.nbytes] * 2],
+            [*item_lengths, *[ours[0].nbytes] * 2],
         )
 
     def set_buf(self, req: Any) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.runtime_context import get_disagg, get_schedule
+from sglang.srt.runtime_context import get_disagg, get_memory, get_schedule
 
 from aircache_patches import process, sessions
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
@@ -36,6 +36,12 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
             raise ValueError(
                 f"{REQUEST_KEY}.{knob} needs one server for prefill and decode, and this one has "
                 f"--disaggregation-mode {mode}"
+            )
+        knob = config.needs_tree()
+        if get_memory().disable_radix_cache and config.policy != "none" and knob is not None:
+            raise ValueError(
+                f"{REQUEST_KEY}.{knob} needs a radix cache, and this server has "
+                "--disable-radix-cache"
             )
 
 

@@ -73,6 +73,12 @@ _SINGLE_TOKENS = {
     "session_columns": "--aircache-session-columns",
     "ablation.audience": "--aircache-ablation audience",
 }
+# Knobs that nothing reads without a radix cache (config.py, needs_tree).
+_TREE = {
+    "reuse": "--aircache-reuse compressed",
+    "session_columns": "--aircache-session-columns",
+    "pin_text": "--aircache-pin-text",
+}
 # Knobs that a prefill and a decode server cannot serve together (config.py, needs_one_server).
 _ONE_SERVER = {
     "reuse": "--aircache-reuse compressed",
@@ -173,6 +179,15 @@ def unsupported(server_args: Any) -> Iterator[str]:
         yield from unsupported_disaggregation(
             view, AirCacheConfig.from_server_args(server_args), policy
         )
+    elif view.disable_radix_cache:
+        config = AirCacheConfig.from_server_args(server_args)
+        pinned = config.pin_text != AirCacheConfig().pin_text
+        knob = config.needs_tree() or ("pin_text" if pinned else None)
+        if knob is not None:
+            yield (
+                f"{policy} does not work with {_TREE[knob]} and --disable-radix-cache; "
+                "drop one of the flags"
+            )
     if server_args.aircache_shadow > 0:
         for field, fine, flag in _SHADOW_FLAGS:
             value = getattr(view, field)

@@ -45,7 +45,8 @@ BY_FAMILY = ("test_families.py", "test_family_matrix.py")
 SHARING = (
     *("test_beam_search.py", "test_exactness.py", "test_explain.py", "test_top.py"),
     *("test_follow_ups.py", "test_gate.py"),
-    *("test_metrics.py", "test_policies.py", "test_session_turns.py", "test_shapes.py"),
+    *("test_metrics.py", "test_policies.py", "test_router.py", "test_session_turns.py"),
+    "test_shapes.py",
     "test_bad_requests.py::test_a_stream_and_a_batch",
     "test_bad_requests.py::test_an_expanded_prompt_is_answered",
     "test_bad_requests.py::test_bad_ones_among_good_ones",

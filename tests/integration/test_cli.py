@@ -72,6 +72,22 @@ def test_healthy_installation(checkpoint: Path) -> None:
     assert (found["device"], found["platform"]) == ("cpu", "PlainCpuPlatform")
 
 
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("prefill", "PrefillBootstrapQueue.finalize_bootstrap"),
+        ("decode", "DecodePreallocQueue._pre_alloc"),
+    ],
+)
+def test_hooks_of_a_pair(checkpoint: Path, mode: str, name: str) -> None:
+    code, found = report(
+        *("--model-path", str(checkpoint), "--device", "cpu"), f"--disaggregation-mode={mode}"
+    )
+    assert (code, found["problems"], found["refusals"]) == (0, [], [])
+    assert all(hook["exists"] and hook["applied"] for hook in found["hooks"])
+    assert any(hook["target"].endswith(name) for hook in found["hooks"])
+
+
 def test_every_refusal_is_named_at_once(checkpoint: Path) -> None:
     done = aircache(
         *("doctor", "--model-path", str(checkpoint), "--device", "cpu"),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from aircache_patches.cli import main as aircache
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.testing import Server, ServerError
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
@@ -136,7 +137,9 @@ def replicas(checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
-def test_data_parallel_replicas(replicas: Server, oracle: Oracle) -> None:
+def test_data_parallel_replicas(
+    replicas: Server, oracle: Oracle, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = [user_prompt(picture(seed, 9, 9), QUESTION) for seed in range(6)]
     overrides = {"retention": 0.1, "return_selection": True}
     with ThreadPoolExecutor(6) as pool:
@@ -144,7 +147,15 @@ def test_data_parallel_replicas(replicas: Server, oracle: Oracle) -> None:
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer["meta_info"]["aircache"]["visual_tokens"] == 81
         assert_agrees(oracle, prompt, answer)
-    assert {rank for rank, _ in counts(replicas, "requests_compressed_total")} == {"0", "1"}
+    found = counts(replicas, "requests_compressed_total")
+    assert {rank for rank, _ in found} == {"0", "1"} and sum(n for _, n in found) == len(prompts)
+    capsys.readouterr()
+    assert aircache(["cache", "--url", replicas.url]) == 0
+    trees = capsys.readouterr().out.split("\n\n")
+    for rank, tree in enumerate(trees):
+        assert tree.startswith(f"{replicas.url}, data-parallel rank {rank}\npool ")
+        assert "visual" in tree
+    assert len(trees) == 2
 
 
 def test_a_prompt_cut_through_a_picture_is_refused(replicas: Server, oracle: Oracle) -> None:

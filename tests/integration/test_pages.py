@@ -174,7 +174,6 @@ def test_pages_under_pressure_and_without_a_tree(
     flags = [*PRESSURE, "--page-size", "16", "--load-snapshot-publish-interval", "1"]
     if kind == "no tree":
         flags = [*FLAGS, "--page-size", "16", "--disable-radix-cache"]
-        flags += ["--aircache-reuse", "compressed"]
     with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         questions = prompts(3)
         answers = ask_at_once(server, questions, [60 + 7 * i for i in range(len(questions))])

@@ -28,6 +28,16 @@ REFUSED: dict[tuple[str, ...], str] = {
         *("--page-size", "16", "--aircache-ablation", '{"audience": "all"}'),
     ): "with --aircache-ablation audience and --page-size 16; use --page-size 1",
     (
+        *("--disable-radix-cache", "--aircache-reuse", "compressed"),
+    ): "with --aircache-reuse compressed and --disable-radix-cache; drop one of the flags",
+    (
+        *("--disable-radix-cache", "--aircache-reuse", "compressed"),
+        *("--aircache-session-columns", "64"),
+    ): "with --aircache-session-columns and --disable-radix-cache; drop one of the flags",
+    (
+        *("--disable-radix-cache", "--aircache-pin-text", "0.2"),
+    ): "with --aircache-pin-text and --disable-radix-cache; drop one of the flags",
+    (
         *("--disaggregation-mode", "prefill", "--aircache-reuse", "compressed"),
     ): "--disaggregation-mode prefill does not work with --aircache-reuse compressed; drop one",
     (
@@ -273,7 +283,7 @@ def fine_on_a_cpu() -> Any:
     """Resolved arguments of which none of FIELDS is refused."""
     view = SimpleNamespace(**{field: fine for field, (fine, _, _) in FIELDS.items()})
     view.device, view.attention_backend, view.aircache_decode = "cpu", "torch_native", "auto"
-    view.page_size, view.enable_mixed_chunk = 1, False
+    view.page_size, view.enable_mixed_chunk, view.disable_radix_cache = 1, False, False
     view.disaggregation_mode = "null"
     view.prefill_attention_backend = view.decode_attention_backend = None
     view.speculative_algorithm = None

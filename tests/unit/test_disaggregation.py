@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,17 +129,20 @@ def test_unequal_servers_are_told_apart(theirs: str | None, sentence: str) -> No
     assert found is not None and sentence in found and "\n" not in found
 
 
+OURS = (1, 2, 3, 3)  # metadata buffers, the last of them named twice
+
+
 class Manager(SimpleNamespace):
     """SGLang's transfers, as far as they say what a decode server waits for."""
 
-    def __init__(self, expected: int | None, n_aux: int = 3) -> None:
+    def __init__(self, expected: int | None, theirs: Sequence[int]) -> None:
         info = SimpleNamespace(
             is_dummy=False, dst_kv_indices=range(expected or 0), mooncake_session_id="peer"
         )
         super().__init__(
             transfer_infos={} if expected is None else {7: {"peer": info}},
-            kv_args=SimpleNamespace(aux_data_ptrs=[0] * 3),
-            decode_kv_args_table={"peer": SimpleNamespace(dst_aux_ptrs=[0] * n_aux)},
+            kv_args=SimpleNamespace(aux_data_ptrs=[10, 20, 30, 30]),
+            decode_kv_args_table={"peer": SimpleNamespace(dst_aux_ptrs=theirs)},
         )
 
 
@@ -156,23 +160,25 @@ class Compressor(SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    ("intent", "expected", "n_aux", "sentence"),
+    ("intent", "expected", "theirs", "sentence"),
     [
-        (INTENT, 16, 3, None),
-        (INTENT, 25, 3, None),
-        (None, 25, 3, None),
-        (INTENT, None, 3, None),
-        (None, 16, 3, "expects 16 slots of a prompt of 25 tokens and this prefill server would"),
-        (INTENT, 15, 3, "would send 16;"),
-        (INTENT, 25, 2, "has --kv-policy aircache and the decode server has none"),
+        (INTENT, 16, OURS, None),
+        (INTENT, 25, OURS, None),
+        (None, 25, OURS, None),
+        (INTENT, None, OURS, None),
+        (None, 16, OURS, "expects 16 slots of a prompt of 25 tokens and this prefill server would"),
+        (INTENT, 15, OURS, "would send 16;"),
+        (INTENT, 25, OURS[:2], "has --kv-policy aircache and the decode server has none"),
+        # A stock server with as many buffers.
+        (INTENT, 25, (1, 2, 3, 4), "has --kv-policy aircache and the decode server has none"),
     ],
 )
 def test_the_decode_server_decides(
-    intent: Intent | None, expected: int | None, n_aux: int, sentence: str | None
+    intent: Intent | None, expected: int | None, theirs: Sequence[int], sentence: str | None
 ) -> None:
     req = SimpleNamespace(origin_input_ids=[0] * 25, bootstrap_room=7)
     compressor = Compressor(intent)
-    objection = settle(compressor, req, Manager(expected, n_aux))  # type: ignore[arg-type]
+    objection = settle(compressor, req, Manager(expected, theirs))  # type: ignore[arg-type]
     if sentence is not None:
         assert objection is not None and sentence in objection
         return

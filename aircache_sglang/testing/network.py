@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network namespace for tests whose servers listen on more than they are told to."""
+"""A network namespace for servers that listen on more than they are told to."""
 
 from __future__ import annotations
 

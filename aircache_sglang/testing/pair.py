@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 
 import requests
 
-from aircache_sglang.testing import Client, Server
+from aircache_sglang.testing.server import Client, Server, free_port
 
 ROOT = Path(__file__).parents[2]
 ENV = {
@@ -70,12 +69,6 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
         raise Unavailable(f"{command[0]} could not install what a pair needs: {said[-1]}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Pair(Client):
@@ -141,19 +134,18 @@ class Pair(Client):
         """As a router does: to both servers at once where a prompt is in it."""
         if path != "/generate":
             return self.decode.request(method, path, json)
-        return self.request_both(json)[1]
-
-    def request_both(self, body: Any) -> tuple[requests.Response, requests.Response]:
-        """The responses of the prefill and of the decode server to one `/generate`."""
-        body = {**body, **self.at()}
-        responses: list[requests.Response] = []
-        thread = threading.Thread(
-            target=lambda: responses.append(self.prefill.request("POST", "/generate", body))
-        )
+        body = {**json, **self.at()}
+        thread = threading.Thread(target=self._prefill, args=(body,))
         thread.start()
         answer = self.decode.request("POST", "/generate", body)
         thread.join()
-        return responses[0], answer
+        return answer
+
+    def _prefill(self, body: Any) -> None:
+        try:
+            self.prefill.request("POST", "/generate", body)
+        except requests.RequestException:
+            pass  # it has been stopped: the decode server says what becomes of the request
 
     def sent_bytes(self) -> float:
         """KV that the prefill server has sent so far, as SGLang counts it in its transfers."""
