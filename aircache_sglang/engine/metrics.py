@@ -120,7 +120,7 @@ class Metrics:
 
     def back(self, record: CompressionRecord) -> None:
         """A request that was retracted has its columns again, without another pass."""
-        if self._labels is not None:
+        if self.labels is not None:
             self._of(self._columns, record.intent.config.policy).inc(record.intent.columns)
 
     def packed(self, before: CompressionRecord | None, record: CompressionRecord) -> None:
