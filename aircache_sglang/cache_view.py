@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import urllib.error
-import urllib.request
 from typing import Any
+
+from aircache_sglang.connection import Connection
 
 TIMEOUT = 30.0
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -51,17 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def fetch(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
     """The dump of each data-parallel rank. Raises ValueError that says what is wrong with `url`."""
-    target = url.rstrip("/") + "/server_info"
-    if not target.startswith(("http://", "https://")):
-        raise ValueError(f"--url must begin with http:// or https://, got {url!r}")
-    request = urllib.request.Request(target)
-    if api_key is not None:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            info = json.load(response)
-    except (OSError, urllib.error.URLError, json.JSONDecodeError) as error:
-        raise ValueError(f"no answer from {target}: {error}") from error
+    info = Connection(url, api_key, timeout=TIMEOUT).call("/server_info")
     states = info.get("internal_states") if isinstance(info, dict) else None
     dumps = [state["aircache"] for state in states or () if "aircache" in state]
     if not dumps:

@@ -48,7 +48,7 @@ REQUEST_KEY = "aircache"
 REASON_KEY = "aircache_reason"
 # The last instruction tokens that vote, of the policies that have a window of their own.
 _VOTERS = {"snapkv": 32, "pyramidkv": 8, "mixkv": 32}
-_SERVER_ONLY = ("pin_text", "rungs")
+_SERVER_ONLY = ("pin_text", "rungs", "shadow", "guard")
 # The knobs that some policies do not read; who turns one of them in vain is refused. `alpha` and
 # `elite` are read by all, since `visual_mass` is measured by the elite window.
 _KNOBS = {
@@ -210,6 +210,8 @@ class AirCacheConfig:
     session_columns: the most columns of one conversation, whose older pictures give way to new
         ones; None for no bound.
     pin_text: share of the KV pool up to which cached text outlasts visual KV (server only).
+    shadow: share of the compressed answers that are compared with the full KV (server only).
+    guard: share of tokens that may differ before `retention` is raised; None for any (server only).
     ablation: knobs for experiments.
     return_selection: report the kept ordinals in `meta_info` (per request only).
     """
@@ -228,6 +230,8 @@ class AirCacheConfig:
     rungs: tuple[float, ...] = ()
     session_columns: int | None = None
     pin_text: float = 0.5
+    shadow: float = 0.0
+    guard: float | None = None
     ablation: Ablation = Ablation()
     return_selection: bool = False
 
@@ -262,6 +266,10 @@ class AirCacheConfig:
             if self.session_columns is None
             else _check_count(name("session_columns"), self.session_columns),
             pin_text=_check_share(name("pin_text"), self.pin_text, zero_allowed=True),
+            shadow=_check_share(name("shadow"), self.shadow, zero_allowed=True),
+            guard=None
+            if self.guard is None
+            else _check_share(name("guard"), self.guard, zero_allowed=False),
             ablation=self.ablation,
             return_selection=self._check_flag(name("return_selection"), self.return_selection),
         )
@@ -272,6 +280,17 @@ class AirCacheConfig:
         if config.session_columns is not None and config.policy != "none":
             config._check_session(name)
         return config
+
+    def _check_guard(self) -> None:
+        """Refuse a guard without evidence, and one beside other ladders."""
+        for field, good, wanted in (
+            ("shadow", self.shadow > 0, "above 0"),
+            ("rungs", not self.rungs, "unset"),
+            ("session_columns", self.session_columns is None, "unset"),
+        ):
+            if not good:
+                flag = f"--aircache-{field.replace('_', '-')}"
+                raise ValueError(f"--aircache-guard needs {flag} {wanted}")
 
     def _check_session(self, name: Callable[[str], str]) -> None:
         """Refuse what a bounded conversation cannot do, and a bound that holds no picture."""
@@ -348,11 +367,15 @@ class AirCacheConfig:
             rungs=_check_rungs("--aircache-rungs", args.aircache_rungs),
             session_columns=args.aircache_session_columns,
             pin_text=args.aircache_pin_text,
+            shadow=args.aircache_shadow,
+            guard=args.aircache_guard,
             ablation=Ablation.from_json("--aircache-ablation", args.aircache_ablation),
         )
         if config.rungs:
             config = config._with_rungs(cls().retention)
         config = config.validated("--aircache-")
+        if config.guard is not None:
+            config._check_guard()
         turned = [*_changed(config, cls()), *_changed(config.ablation, Ablation(), "ablation.")]
         config._check_turned(turned, "--aircache-")
         return config

@@ -25,6 +25,8 @@ from aircache_sglang.engine.metrics import Metrics
 from aircache_sglang.engine.model import attention_layers, attention_scale
 from aircache_sglang.engine.pressure import Pressure
 from aircache_sglang.engine.request import asked, state_of
+from aircache_sglang.engine.shadow import ShadowReq, Shadows
+from aircache_sglang.engine.shadow_metrics import ShadowMetrics
 from aircache_sglang.engine.start import start
 from aircache_sglang.runtime.attention import Decoder, Extender
 from aircache_sglang.runtime.attention_sum import SumWork
@@ -61,6 +63,7 @@ class Compressor:
     # Whether videos of one batch are padded to the longest, and the padding encoded: SGLang's
     # Transformers fallback (models/transformers.py, _collect_mm_kwargs).
     _pads_videos = False
+    shadows: Shadows | None = None
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
         """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
@@ -91,6 +94,8 @@ class Compressor:
             get_parallel().tp_group, model_runner.model_config.get_total_num_kv_heads()
         )
         heads.check_same((config, decode, pool.size))
+        if config.shadow > 0:
+            self.shadows = Shadows(config, heads, ShadowMetrics(self.metrics.labels))
         # `null`, `prefill` or `decode`, and what the servers of a pair have in common.
         self.mode = get_disagg().disaggregation_mode
         self.layout = layout(config, pool, model_runner.model_config.get_total_num_kv_heads())
@@ -148,7 +153,7 @@ class Compressor:
             if question is not None:
                 room = self.pool.size - 2 * self.pool.page_size
                 decision = decide(
-                    *(question, self.config),
+                    *(question, self.config if self.shadows is None else self.shadows.config),
                     # On a decode server a packed request always has fewer slots than a whole one.
                     room=sys.maxsize if self.mode == "decode" else room,
                     pad_floor=MM_PAD_SHIFT_VALUE,
@@ -172,6 +177,8 @@ class Compressor:
         (engine/tree.py); SGLang's batches hang on the same. Masses are means over the ranks.
         """
         self.metrics.left_alone(reason)
+        if self.shadows is not None:
+            self.shadows.left_alone(req, reason)
         state = state_of(req)
         state.reason, state.stash = reason, None
         state.decided(req, None)
@@ -259,7 +266,8 @@ class Compressor:
         for req in batch.reqs:
             row, replica = req.kv.req_pool_idx, req.last_node.replica
             # Once a prompt, as SGLang counts `cached_tokens`: its first chunk before a retraction.
-            if req.extend_batch_idx == 1 and req.prefix_len and not req.retracted_stain:
+            first = req.extend_batch_idx == 1 and not req.retracted_stain
+            if first and req.prefix_len and not isinstance(req, ShadowReq):
                 self.metrics.hit(req.prefix_len, compressed=replica is not None)
             intent = self.intent(req)
             if replica is not None:
@@ -509,11 +517,14 @@ class Compressor:
 
     def forget(self, req: Any) -> CompressionRecord | None:
         """Drop the state of a request whose row is being freed."""
+        packs = state_of(req).packs
         self.pressure.forget(req)
         state_of(req).restart()
         record = self.records.pop(req.kv.req_pool_idx, None)
         if record is None or record.budgets is None:
             return record
+        if self.shadows is not None:
+            self.shadows.collect(req, record, packs)
         if record.stage is Stage.RELEASED and not record.reused:
             self.metrics.finished(record)
         return record

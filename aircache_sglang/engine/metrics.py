@@ -16,10 +16,12 @@ class Metrics:
     """Counts of one scheduler process; silent where SGLang's metrics are off.
 
     Only the first tensor-parallel rank counts, since all ranks see the same requests.
+
+    labels: of every family; None where nothing is counted.
     """
 
     def __init__(self, labels: dict[str, str] | None) -> None:
-        self._labels = labels
+        self.labels = labels
         # What the tree's dump reports, with SGLang's metrics or without (cache_view.py).
         names = ["hit_tokens_exact", "hit_tokens_compressed", "refilled_slots"]
         names += [f"evicted_slots_{label}" for label in LABELS]
@@ -106,7 +108,7 @@ class Metrics:
 
     def compressed(self, record: CompressionRecord) -> None:
         """A request's pass is done and its visual slots are given back."""
-        if self._labels is None:
+        if self.labels is None:
             return
         n_visual, m = record.intent.prompt.n_visual, record.intent.columns
         policy = record.intent.config.policy
@@ -118,7 +120,7 @@ class Metrics:
 
     def back(self, record: CompressionRecord) -> None:
         """A request that was retracted has its columns again, without another pass."""
-        if self._labels is not None:
+        if self.labels is not None:
             self._of(self._columns, record.intent.config.policy).inc(record.intent.columns)
 
     def packed(self, before: CompressionRecord | None, record: CompressionRecord) -> None:
@@ -127,7 +129,7 @@ class Metrics:
         self.at_rung(record, 1)
         if before is None:
             self.compressed(record)
-        elif self._labels is not None:
+        elif self.labels is not None:
             policy = record.intent.config.policy
             fewer = before.intent.columns - record.intent.columns
             self._of(self._freed, policy).inc(record.intent.n_freed - before.intent.n_freed)
@@ -135,54 +137,54 @@ class Metrics:
 
     def packed_for(self, cause: str, requests: int, slots: int) -> None:
         """Requests were packed under pressure, which won `slots`."""
-        if self._labels is not None:
-            self._packs.labels(**self._labels, cause=cause).inc(requests)
-            self._packed_slots.labels(**self._labels, cause=cause).inc(slots)
+        if self.labels is not None:
+            self._packs.labels(**self.labels, cause=cause).inc(requests)
+            self._packed_slots.labels(**self.labels, cause=cause).inc(slots)
 
     def at_rung(self, record: CompressionRecord | None, step: int) -> None:
         """One request more, or less, at the rung of a record; None for a picture that is whole."""
-        if self._labels is not None:
+        if self.labels is not None:
             # Not the share, of which clients could make any number of labels.
             rung = "whole" if record is None else str(record.rung)
-            self._at_rung.labels(**self._labels, rung=rung).inc(step)
+            self._at_rung.labels(**self.labels, rung=rung).inc(step)
 
     def retraction_avoided(self) -> None:
         """A decode step has got its slots by packing."""
-        if self._labels is not None:
+        if self.labels is not None:
             self._of(self._avoided).inc()
 
     def finished(self, record: CompressionRecord) -> None:
         """A compressed request has freed its columns."""
-        if self._labels is not None:
+        if self.labels is not None:
             self._of(self._columns, record.intent.config.policy).dec(record.intent.columns)
 
     def left_alone(self, reason: str) -> None:
         """A request with visual tokens is served uncompressed."""
-        if self._labels is not None:
-            self._left_alone.labels(**self._labels, reason=reason).inc()
+        if self.labels is not None:
+            self._left_alone.labels(**self.labels, reason=reason).inc()
 
     def hit(self, tokens: int, *, compressed: bool) -> None:
         """A request was admitted with this many tokens of its prompt in the tree."""
         reuse = "compressed" if compressed else "exact"
         self.totals[f"hit_tokens_{reuse}"] += tokens
-        if self._labels is not None:
-            self._hits.labels(**self._labels, reuse=reuse).inc(tokens)
+        if self.labels is not None:
+            self._hits.labels(**self.labels, reuse=reuse).inc(tokens)
 
     def refilled(self, slots: int) -> None:
         """A tombstone of the tree has got slots again."""
         self.totals["refilled_slots"] += slots
-        if self._labels is not None:
+        if self.labels is not None:
             self._of(self._refilled).inc(slots)
 
     def evicted(self, kind: str, slots: int) -> None:
         """A node of the tree has lost its slots."""
         self.totals[f"evicted_slots_{kind}"] += slots
-        if self._labels is not None:
-            self._evicted.labels(**self._labels, kind=kind).inc(slots)
+        if self.labels is not None:
+            self._evicted.labels(**self.labels, kind=kind).inc(slots)
 
     def _of(self, metric: Any, policy: str | None = None) -> Any:
         """The metric under this process's labels; policy: a request's own, if it has one."""
-        labels = dict(self._labels or {})
+        labels = dict(self.labels or {})
         if policy is not None:
             labels["policy"] = policy
         return metric.labels(**labels)

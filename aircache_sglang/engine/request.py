@@ -32,6 +32,7 @@ class RequestState:
     max_new_tokens: of its answer, on a prefill server, which computes one token of it alone.
     promised: how the prefill server sends it; None for whole.
     arrived: how it reached the decode server; kept while it is retracted.
+    captured: what a shadow will compare it with (engine/shadow.py, Captured).
     bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
     """
 
@@ -46,6 +47,7 @@ class RequestState:
     max_new_tokens: int | None = None
     promised: Intent | None = None
     arrived: Arrival | None = None
+    captured: Any = None
     bare_spans: list[tuple[int, list[int]]] | None = None
     _sent: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import http.client
-import json
 import mimetypes
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 600.0
+from aircache_sglang.connection import Connection
+
 TOP = 5  # of the tokens that each step could have given instead
 
 
@@ -66,36 +63,12 @@ def data_url(path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-class Server:
-    """A running server. Every method raises ValueError, in one sentence, for what goes wrong."""
-
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--url must begin with http:// or https://, got {url!r}")
-        self.url = url.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        # A proxy of the environment must not see a server of this machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
-        try:
-            with self._opener.open(request, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise ValueError(
-                f"the server refused, HTTP {error.code}: {_said(error.read())}"
-            ) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(f"no server answers at {self.url}: {reason}") from error
+class Server(Connection):
+    """A running server that reads pictures."""
 
     def check(self) -> tuple[str, str]:
         """(its policy, its checkpoint); refuses a server that cannot be asked about pictures."""
-        info, model = self._call("/server_info"), self._call("/model_info")
+        info, model = self.call("/server_info"), self.call("/model_info")
         if not (isinstance(info, dict) and isinstance(model, dict)):
             raise ValueError(f"no server of SGLang answers at {self.url}")
         policy, path = str(info.get("kv_policy") or "none"), str(model.get("model_path"))
@@ -117,7 +90,7 @@ class Server:
             "return_meta_info": True,
             "custom_params": {"aircache": overrides},
         }
-        return read_answer(self._call("/v1/chat/completions", body))
+        return read_answer(self.call("/v1/chat/completions", body))
 
 
 def read_answer(response: dict[str, Any]) -> Answer:
@@ -137,17 +110,6 @@ def read_answer(response: dict[str, Any]) -> Answer:
     )
     text = str(choice["message"].get("content") or "")
     return Answer(text, tokens, meta.get("aircache"), meta.get("aircache_reason"))
-
-
-def _said(body: bytes) -> str:
-    """The message of an error's body, in one line."""
-    try:
-        found = json.loads(body)
-    except ValueError:
-        found = body.decode(errors="replace")
-    while isinstance(found, dict):
-        found = found.get("message") or found.get("error") or json.dumps(found)
-    return " ".join(str(found).split())
 
 
 def first_difference(left: Sequence[Token], right: Sequence[Token]) -> int | None:

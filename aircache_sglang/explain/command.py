@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +125,25 @@ def compare(args: argparse.Namespace) -> Comparison:
                     f"{answer.reason or 'it saw no picture'}"
                 )
     n_visual = int(runs[0].report["visual_tokens"])
-    panels, pictures, unplaced = _placed(args, args.model_path or path, images, n_visual)
+    with quiet():
+        panels, pictures, unplaced = _placed(args, args.model_path or path, images, n_visual)
     return Comparison(
         *(args.ask, path, args.url, full, tuple(runs), tuple(pictures), tuple(panels), unplaced),
         strip=bool(args.video) and unplaced is None,
     )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what SGLang and Transformers warn of when they are imported away from the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _opened(path: Path) -> Any:

@@ -19,8 +19,12 @@ def kv_private_tokens(original: Callable[..., int], kv: Any, page_size: int) -> 
 
 
 def get_internal_state(result: Any, controller: Any, recv_req: Any) -> None:
-    """AFTER SchedulerInternalStateController.get_internal_state: the tree, for `aircache cache`."""
+    """AFTER SchedulerInternalStateController.get_internal_state: the tree, for `aircache cache`,
+    and what shadows have found, for `aircache audit`."""
     dump = controller.scheduler.tree_cache.describe()
-    dump["totals"] = dict(process.compressor().metrics.totals)
+    compressor = process.compressor()
+    dump["totals"] = dict(compressor.metrics.totals)
     dump["dp_rank"] = get_parallel().dp_rank or 0
+    if compressor.shadows is not None:
+        dump["shadow"] = compressor.shadows.describe()
     result.internal_state[REQUEST_KEY] = dump

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `aircache`: `doctor` says whether this machine can serve with a policy, `cache` draws
 the radix tree of a running server (cache_view.py), `explain` shows on a picture what one keeps of
-it (aircache_sglang/explain).
+it (aircache_sglang/explain), `audit` says how far its answers are from the full KV (audit.py),
+`top` watches servers (aircache_sglang/top).
 
 Nothing here imports SGLang or torch before a subcommand needs them, so that the doctor can speak
 where they are missing or broken.
@@ -24,8 +25,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aircache_sglang import __version__, cache_view
+from aircache_sglang import __version__, audit, cache_view
 from aircache_sglang.explain import command as explain
+from aircache_sglang.top import command as watch
 
 PACKAGES = ("sglang", "torch", "triton", "transformers")
 PLUGIN_ENTRY_POINT = ("sglang.srt.plugins", "aircache")
@@ -291,7 +293,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model-path", metavar="M", help="a checkpoint folder to check")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     cache_view.add_subcommand(commands)
+    audit.add_subcommand(commands)
     explain.add_subcommand(commands)
+    watch.add_subcommand(commands)
     return top
 
 

@@ -50,18 +50,18 @@ def install(policy: str, config: AirCacheConfig, mode: str = "null") -> None:
             f"--kv-policy {policy} is tested with SGLang {', '.join(ledger.TESTED_VERSIONS)}, "
             f"found {found}; install one of these versions, or start without --kv-policy"
         )
-    missing = ledger.missing_targets(mode)
+    shadow = config.shadow > 0
+    missing = ledger.missing_targets(mode, shadow=shadow)
     if not missing:
         for step, wrapper in ledger.resolution_hooks():
             register_resolution_hook(step)(wrapper)
-        for hook in ledger.hooks_for(mode):
+        hooks = ledger.hooks_for(mode, shadow=shadow)
+        for hook in hooks:
             HookRegistry.register(hook.target, hook.function, hook.kind)
         # Idempotent; it logs, and goes on, where a target does not fit: hence the check.
         HookRegistry.apply_hooks()
         register_radix_cache()
-        missing = [
-            h.target for h in ledger.hooks_for(mode) if h.target not in HookRegistry._patched
-        ]
+        missing = [hook.target for hook in hooks if hook.target not in HookRegistry._patched]
     if missing:
         raise refuse(
             f"--kv-policy {policy} needs hooks that this SGLang {found} does not accept: "

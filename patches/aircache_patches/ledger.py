@@ -220,9 +220,49 @@ def disaggregation_hooks(mode: str) -> list[Hook]:
     ]
 
 
-def hooks_for(mode: str) -> list[Hook]:
-    """All hooks of a server; mode: its --disaggregation-mode."""
-    return [*hooks(), *disaggregation_hooks(mode)]
+def shadow_hooks() -> list[Hook]:
+    """Hooks of a server with --aircache-shadow; the last two stand for two of `hooks`."""
+    from aircache_patches import shadow
+
+    before, srt = HookType.BEFORE, "sglang.srt.managers."
+    return [
+        Hook(
+            srt + "tp_worker.capture_pre_sample_logits",
+            shadow.capture_pre_sample_logits,
+            HookType.AFTER,
+        ),
+        Hook(
+            srt + "scheduler.Scheduler.process_input_requests",
+            shadow.process_input_requests,
+            before,
+        ),
+        Hook(
+            srt + "scheduler.Scheduler._get_new_batch_prefill_raw",
+            shadow.get_new_batch_prefill_raw,
+            HookType.AROUND,
+        ),
+        Hook(srt + "scheduler.Scheduler.flush_cache", shadow.flush_cache, before),
+        Hook(srt + "scheduler.Scheduler.abort_request", shadow.abort_request, before),
+        Hook(
+            srt + "scheduler_components.weight_updater"
+            ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update",
+            shadow.flush_cache_after_weight_update,
+            before,
+        ),
+        Hook(
+            srt + "scheduler_components.output_streamer.SchedulerOutputStreamer",
+            shadow.ShadowOutputStreamer,
+            HookType.REPLACE,
+        ),
+    ]
+
+
+def hooks_for(mode: str, *, shadow: bool = False) -> list[Hook]:
+    """All hooks of a server; mode: its --disaggregation-mode; shadow: with --aircache-shadow."""
+    more = shadow_hooks() if shadow else []
+    instead = {hook.target for hook in more}
+    kept = [hook for hook in hooks() if hook.target not in instead]
+    return [*kept, *disaggregation_hooks(mode), *more]
 
 
 def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]], None]]]:
@@ -241,10 +281,10 @@ def resolution_hooks() -> list[tuple[str, Callable[[Any, Callable[[Any], None]],
     ]
 
 
-def missing_targets(mode: str = "null") -> list[str]:
-    """Targets that the installed SGLang does not have; mode: as in `hooks_for`."""
+def missing_targets(mode: str = "null", *, shadow: bool = False) -> list[str]:
+    """Targets that the installed SGLang does not have; mode, shadow: as in `hooks_for`."""
     missing = []
-    for hook in hooks_for(mode):
+    for hook in hooks_for(mode, shadow=shadow):
         try:
             pkgutil.resolve_name(hook.target)
         except (ImportError, AttributeError):

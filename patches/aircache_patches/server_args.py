@@ -116,6 +116,18 @@ class AirCacheServerArgs(ServerArgs):
         "Share of the KV pool up to which cached text outlasts visual KV, 0 <= SHARE <= 1.",
         NS("memory"),
     ] = _DEFAULT.pin_text
+    aircache_shadow: A[
+        float,
+        "Share of the compressed answers that are compared with the full KV while the server is "
+        "idle, 0 <= S <= 1; `aircache audit` shows what was found.",
+        NS("memory"),
+    ] = _DEFAULT.shadow
+    aircache_guard: A[
+        float | None,
+        "Raise the retention a rung (0.1, 0.2, 0.5, 1) when the share of tokens that differ is "
+        "above B with 95 %% confidence, 0 < B <= 1. Needs --aircache-shadow.",
+        NS("memory"),
+    ] = _DEFAULT.guard
 
     aircache_ablation: A[
         str,

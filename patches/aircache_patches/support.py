@@ -114,6 +114,12 @@ _PAIR_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("speculative_algorithm", None, "--speculative-algorithm"),
     ("page_size", 1, "--page-size"),
 )
+# As _FLAGS, of a server with --aircache-shadow.
+_SHADOW_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("speculative_algorithm", None, "--speculative-algorithm"),
+    ("disaggregation_mode", "null", "--disaggregation-mode"),
+    ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+)
 # Switches of SGLang that are environment variables.
 _VARIABLES = (
     "SGLANG_RUST_SERVER",
@@ -182,6 +188,12 @@ def unsupported(server_args: Any) -> Iterator[str]:
                 f"{policy} does not work with {_TREE[knob]} and --disable-radix-cache; "
                 "drop one of the flags"
             )
+    if server_args.aircache_shadow > 0:
+        for field, fine, flag in _SHADOW_FLAGS:
+            value = getattr(view, field)
+            if value != fine:
+                shown = flag if value is True else f"{flag} {value}"
+                yield f"--aircache-shadow does not work with {shown}; drop one of the two flags"
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)

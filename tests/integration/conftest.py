@@ -43,7 +43,7 @@ UNNAMED: list[str] = []
 # Whose servers are of one family of models each, the tests' only parameter.
 BY_FAMILY = ("test_families.py", "test_family_matrix.py")
 SHARING = (
-    *("test_beam_search.py", "test_exactness.py", "test_explain.py"),
+    *("test_beam_search.py", "test_exactness.py", "test_explain.py", "test_top.py"),
     *("test_follow_ups.py", "test_gate.py"),
     *("test_metrics.py", "test_policies.py", "test_router.py", "test_session_turns.py"),
     "test_shapes.py",

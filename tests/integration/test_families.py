@@ -9,6 +9,10 @@ all shapes, the families are tested by `make test-families` (test_family_matrix.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +26,16 @@ from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_
 from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import COMMON_FLAGS, STRICT_MEMORY_CHECKS
 from tests.support.bad_requests import assert_all_end_well
+from tests.support.browser import Browser, find_chromium
 from tests.support.families import FAMILIES, make_sound, make_video
-from tests.support.families.served import CHUNKS, QUESTION, Served, conversations, serve
+from tests.support.families.served import (
+    CHUNKS,
+    QUESTION,
+    STAND_INS,
+    Served,
+    conversations,
+    serve,
+)
 
 pytestmark = [
     pytest.mark.server,
@@ -31,6 +43,15 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+ROOT = Path(__file__).parents[2]
+# The mean of each picture of the page, before anything is drawn on it.
+FRAME_COLOURS = """images.map(image => {
+  const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, 1, 1);
+  return [...context.getImageData(0, 0, 1, 1).data];
+})"""
 SHAPES = ("text between", "picture, video, text", "picture, sound, text")
 
 
@@ -51,6 +72,46 @@ def test_transformers_agrees(served: Served) -> None:
                 assert_agrees(served.reader, prompt, served.ask(prompt, retention=1))
             for retention in (0.3, 0.05):
                 served.check(prompt, retention)
+
+
+@pytest.mark.parametrize("served", ["qwen2.5-vl", "qwen3-vl"], indirect=True)
+def test_explain_shows_the_frames_of_a_video(served: Served, tmp_path: Path) -> None:
+    """A picture and a strip of steps, each with its own tokens, in a real Chromium."""
+    find_chromium()
+    make_video(tmp_path / "clip.mp4", 3)
+    picture(5, 8, 9).save(tmp_path / "still.png")
+    argv = [sys.executable, "-m", "aircache_patches.cli", "explain", "--url", served.server.url]
+    argv += ["--image", "still.png", "--video", "clip.mp4", "--ask", "what is it?"]
+    argv += ["--retention", "0.3", "--max-tokens", "4", "-o", "page.html", "--json", "data.json"]
+    # The decoder that the server has, too.
+    env = os.environ | {"PYTHONPATH": f"{STAND_INS}{os.pathsep}{ROOT}"}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+    data = json.loads((tmp_path / "data.json").read_text())
+    assert data["strip"] and data["unplaced"] is None
+    still, *steps = [len(panel["boxes"]) for panel in data["panels"]]
+    assert len(steps) > 1 and len(set(steps)) == 1 and still + sum(steps) == data["n_visual"]
+    names = [panel["name"] for panel in data["panels"]]
+    assert names[:2] == ["still.png", "clip.mp4, frames 1 to 2"]
+    kept = {i for layer in data["runs"][0]["report"]["selection"] for head in layer for i in head}
+    counts = [
+        sum(panel["first"] <= i < panel["first"] + len(panel["boxes"]) for i in kept)
+        for panel in data["panels"]
+    ]
+    assert sum(counts) == len(kept) and all(counts)
+    with Browser(tmp_path / "profile") as browser:
+        browser.resize(1100, 900)
+        browser.open(tmp_path / "page.html")
+        captions = browser.evaluate(
+            "[...document.querySelectorAll('#panels.strip figcaption')].map(e => e.textContent)"
+        )
+        shown = zip(names, counts, [still, *steps], strict=True)
+        assert captions == [f"{name}: {n} of {of} tokens kept" for name, n, of in shown]
+        colours = browser.evaluate(FRAME_COLOURS)
+        assert len(set(map(tuple, colours))) == len(captions), "each shows its own frame"
+        assert browser.evaluate("document.documentElement.scrollWidth") == 1100
+        assert browser.errors == []
 
 
 def test_no_request_ends_the_server(served: Served, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ rung by rung, before anything is retracted; strict memory checks on."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import Storm, make_jobs, make_prompts, wait_idle
 from tests.integration.test_memory import settled_metrics
 from tests.support.preloaded import PreloadedServer
+from tests.support.prometheus import DASHBOARD, Prometheus, panels
 
 pytestmark = pytest.mark.server
 
@@ -222,6 +225,31 @@ def test_a_request_may_ask_for_either(roomy: Server, oracle: Oracle) -> None:
     assert (report["when"], report["rung"], report["packed_at"]) == ("prefill", 0, 1)
     assert report["retention"] == RUNGS[-1]
     assert_agrees(oracle, prompt, answer)
+
+
+def test_the_dashboard_shows_what_happens(roomy: Server, tmp_path: Path) -> None:
+    """Every panel of examples/monitoring has numbers in a real Prometheus that scrapes it."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    # Nothing is retracted here, no picture comes back to a node that has lost it, no shadow runs.
+    without = ("sglang:num_retracted_requests_total", "sglang:aircache_refilled_slots_total")
+    without += ("sglang:aircache_shadow_", "sglang:aircache_guard_")
+    missing = {each for each in panels(dashboard) if not any(name in each[1] for name in without)}
+    with Prometheus(tmp_path, [roomy.url.removeprefix("http://")]) as prometheus:
+        deadline = time.monotonic() + 240
+        while missing:
+            assert time.monotonic() < deadline, sorted(missing)
+            ask_at_once(roomy, prompts(1), [50 + 7 * i for i in range(6)])
+            missing = {each for each in missing if not prometheus.numbers(each[1])}
+        for _, expression in panels(dashboard):
+            prometheus.numbers(expression)  # asserts that it is no error
+        [target] = prometheus.get("targets")["activeTargets"]
+        assert target["health"] == "up", target
+        rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+        assert [rule["health"] for rule in rules] == ["ok"] * len(rules)
+        for label in ("instance", "model_name"):
+            match = {"match[]": "sglang:num_running_reqs"}
+            assert len(prometheus.get(f"label/{label}/values", **match)) == 1
+    wait_idle(roomy)
 
 
 BAD = {

@@ -394,7 +394,7 @@ def test_the_console_draws_the_tree(server: Server) -> None:
     assert json.loads(done.stdout)[0]["pool"] == dump["pool"]
     argv[argv.index(server.url)] = "http://127.0.0.1:1"
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "no answer from http://127.0.0.1:1" in done.stderr
+    assert done.returncode == 1 and "no server answers at http://127.0.0.1:1" in done.stderr
 
 
 def test_the_oracle_notices_a_turn_on_the_full_picture(server: Server, oracle: Oracle) -> None:

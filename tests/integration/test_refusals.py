@@ -56,6 +56,21 @@ REFUSED: dict[tuple[str, ...], str] = {
     (
         *("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"),
     ): "does not work with --disaggregation-transfer-backend nixl; drop one",
+    (
+        *("--aircache-shadow", "0.1", "--enable-hierarchical-cache"),
+    ): "--aircache-shadow does not work with --enable-hierarchical-cache; drop one",
+    (
+        *("--aircache-shadow", "0.1", "--disaggregation-mode", "decode"),
+    ): "--aircache-shadow does not work with --disaggregation-mode decode; drop one",
+    (
+        *("--aircache-shadow", "0.1", "--speculative-algorithm", "NGRAM"),
+        "--disable-overlap-schedule",
+    ): "--aircache-shadow does not work with --speculative-algorithm NGRAM; drop one",
+    ("--aircache-guard", "0.02"): "--aircache-guard needs --aircache-shadow above 0",
+    (
+        *("--aircache-shadow", "0.1", "--aircache-guard", "0.02"),
+        *("--aircache-when", "pressure", "--aircache-rungs", "0.5,0.1"),
+    ): "--aircache-guard needs --aircache-rungs unset",
     ("--encoder-only",): "with --encoder-only; drop one",
     ("--language-only",): "with --language-only; drop one",
     ("--enable-deterministic-inference",): "enable-deterministic-inference by its Triton",

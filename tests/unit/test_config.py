@@ -28,6 +28,7 @@ from aircache_sglang.runtime.choice import policy_of
 FIELDS = tuple(field.name for field in dataclasses.fields(AirCacheConfig))
 # `policy` is --kv-policy, and `ablation` a JSON object: they have tests of their own.
 REQUEST_ONLY = ("return_selection", "min_visual_mass")
+SERVER_ONLY = ("pin_text", "rungs", "shadow", "guard")
 FLAGS = tuple(name for name in FIELDS if name not in (*REQUEST_ONLY, "policy", "ablation"))
 
 BAD: list[tuple[str, Any]] = [
@@ -118,7 +119,7 @@ def test_an_unknown_key_is_named_beside_the_known_ones() -> None:
         AirCacheConfig().with_overrides({"aircache": {"retension": 0.5}})
     assert "'retension'" in str(caught.value)
     known = str(caught.value).split("known keys: ")[1].split(", ")
-    assert known == [name for name in FIELDS if name not in ("pin_text", "rungs")]
+    assert known == [name for name in FIELDS if name not in SERVER_ONLY]
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5", None, True])
@@ -127,6 +128,34 @@ def test_the_pinned_share_is_a_flag_alone(value: Any) -> None:
         AirCacheConfig.from_server_args(server_args(pin_text=value))
     with pytest.raises(ValueError, match="unknown key 'pin_text'"):
         AirCacheConfig().with_overrides({"aircache": {"pin_text": 0.5}})
+
+
+@pytest.mark.parametrize("name", ["shadow", "guard"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.5", True])
+def test_the_shadow_and_its_guard_are_flags_alone(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"--aircache-{name} must be a number"):
+        AirCacheConfig.from_server_args(server_args(**{"shadow": 0.1, "guard": 0.1, name: value}))
+    with pytest.raises(ValueError, match=f"unknown key '{name}'"):
+        AirCacheConfig().with_overrides({"aircache": {name: 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ({"shadow": 0.0}, "--aircache-shadow above 0"),
+        ({"when": "pressure", "rungs": "0.5,0.1"}, "--aircache-rungs unset"),
+        ({"reuse": "compressed", "session_columns": 64}, "--aircache-session-columns unset"),
+    ],
+)
+def test_what_a_guard_needs(flags: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"--aircache-guard needs {wanted}"):
+        AirCacheConfig.from_server_args(server_args(**{"shadow": 0.1, "guard": 0.02, **flags}))
+
+
+def test_a_guarded_servers_requests_may_have_conversations() -> None:
+    config = AirCacheConfig.from_server_args(server_args(shadow=0.1, guard=0.02))
+    overrides = {"reuse": "compressed", "session_columns": 64}
+    assert config.with_overrides({"aircache": overrides}).session_columns == 64
 
 
 @pytest.mark.parametrize("overrides", ["0.1", 0.1, [], ["retention"], True])

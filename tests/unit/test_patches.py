@@ -27,7 +27,10 @@ OF_A_PAIR = {
     mode: [hook.target for hook in ledger.disaggregation_hooks(mode)]
     for mode in ("prefill", "decode")
 }
-ALL_TARGETS = list(dict.fromkeys([*TARGETS, *OF_A_PAIR["prefill"], *OF_A_PAIR["decode"]]))
+OF_A_SHADOW = [hook.target for hook in ledger.shadow_hooks() if hook.target not in TARGETS]
+ALL_TARGETS = list(
+    dict.fromkeys([*TARGETS, *OF_A_PAIR["prefill"], *OF_A_PAIR["decode"], *OF_A_SHADOW])
+)
 
 
 def test_the_kernels_of_hugging_face_are_not_shadowed() -> None:
@@ -55,6 +58,10 @@ def test_no_target_is_hooked_twice() -> None:
     for mode, more in OF_A_PAIR.items():
         assert len({*TARGETS, *more}) == len(TARGETS) + len(more)
         assert ledger.missing_targets(mode) == []
+    for shadow in (False, True):
+        targets = [hook.target for hook in ledger.hooks_for("null", shadow=shadow)]
+        assert sorted(targets) == sorted(TARGETS + OF_A_SHADOW * shadow)
+    assert ledger.missing_targets(shadow=True) == []
 
 
 def test_another_release_is_let_in_by_its_name_and_loudly(
@@ -62,7 +69,7 @@ def test_another_release_is_let_in_by_its_name_and_loudly(
 ) -> None:
     """`make upgrade-check` sets the variable; a check that comes after the version's tells."""
     monkeypatch.setattr(ledger, "TESTED_VERSIONS", ("0.0.0",))
-    monkeypatch.setattr(ledger, "missing_targets", lambda mode: ["the next check"])
+    monkeypatch.setattr(ledger, "missing_targets", lambda mode, shadow: ["the next check"])
     for value in ("", "1", "0.0.1"):
         monkeypatch.setenv(install.UPGRADE_CHECK, value)
         with pytest.raises(Refusal, match="is tested with SGLang 0"):
@@ -132,6 +139,11 @@ def test_with_a_policy_every_process_has_every_hook(model: Path) -> None:
     for state in states_of(model, "--kv-policy", "aircache"):
         assert state["original"] == dict.fromkeys(TARGETS, False)
         assert state["patched"] == sorted([SERVER_ARGS, *TARGETS])
+
+
+def test_a_server_with_a_shadow_has_its_own_hooks_too(model: Path) -> None:
+    for state in states_of(model, "--kv-policy", "aircache", "--aircache-shadow", "0.1"):
+        assert state["patched"] == sorted([SERVER_ARGS, *TARGETS, *OF_A_SHADOW])
 
 
 @pytest.mark.parametrize("mode", OF_A_PAIR)
