@@ -140,7 +140,7 @@ def chosen(arguments: argparse.Namespace) -> tuple[Row, Callable[[Results], None
     from benchmarks.throughput.plan import PRESETS
 
     if arguments.load:
-        modes, rates = arguments.mode or list(load.MODES), arguments.rate or load.RATES
+        modes, rates = arguments.mode or load.COMPARED, arguments.rate or load.RATES
         load.check(modes, rates)
         asked = load.Load()
         return asked.about(), lambda results: load.measure(results, asked, modes, rates)

@@ -38,14 +38,18 @@ RATES = (0.3, 0.6, 1.0, 1.5, 2.5)  # requests a second
 FILE = RESULTS / "load.jsonl"
 
 _COMPRESSING = ("--kv-policy", "aircache", "--aircache-gate", "off")
+_PACKED = (*_COMPRESSING, "--aircache-retention", "0.1")
 MODES: Mapping[str, Sequence[str]] = {
     "stock": ("--kv-policy", "none"),
-    "prefill": (*_COMPRESSING, "--aircache-retention", "0.1"),
+    "prefill": _PACKED,
     "pressure": (
         *(*_COMPRESSING, "--aircache-when", "pressure"),
         *("--aircache-rungs", "0.5,0.25,0.1"),
     ),
+    # What comparing every answer with the full KV costs those that come meanwhile.
+    "shadow": (*_PACKED, "--aircache-shadow", "1"),
 }
+COMPARED = ("stock", "prefill", "pressure")  # unless others are asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -219,8 +223,8 @@ def check_mode(mode: str, answers: Sequence[Answer]) -> None:
             does = "says nothing of" if mode != "stock" else "runs"
             raise ServerError(f"the server of {mode} {does} aircache")
         reason = answer.meta.get("aircache_reason")
-        if mode == "prefill" and answer.kept == 1.0:
-            raise ServerError(f"a request in mode prefill was left alone ({reason})")
+        if mode in ("prefill", "shadow") and answer.kept == 1.0:
+            raise ServerError(f"a request in mode {mode} was left alone ({reason})")
         if mode == "pressure" and answer.kept == 1.0 and reason != "no_pressure":
             raise ServerError(f"a request in mode pressure was left alone ({reason})")
 

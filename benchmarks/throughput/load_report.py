@@ -15,6 +15,7 @@ STYLES = {
     "stock": {"color": "0.55", "lw": 5, "marker": "o", "ms": 9, "label": "stock SGLang"},
     "prefill": {"color": "C1", "lw": 2.5, "marker": "s", "ms": 6, "label": "prefill"},
     "pressure": {"color": "C0", "lw": 1.5, "marker": "o", "ms": 4, "label": "pressure"},
+    "shadow": {"color": "C2", "lw": 1.5, "marker": "v", "ms": 6, "label": "every answer compared"},
 }
 
 

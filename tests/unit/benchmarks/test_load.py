@@ -18,7 +18,7 @@ from benchmarks.documents.questions import evaluation_set
 from benchmarks.records import RESULTS, Results, read
 from benchmarks.throughput import load
 from benchmarks.throughput.__main__ import default_file, main, parser
-from benchmarks.throughput.load import END, MODES, Answer, Load, check_mode, key_of, trial
+from benchmarks.throughput.load import COMPARED, END, MODES, Answer, Load, check_mode, key_of, trial
 from benchmarks.throughput.load_report import load_table
 from benchmarks.throughput.report import report
 
@@ -96,7 +96,7 @@ def test_the_modes_differ_in_their_flags_alone() -> None:
     request = load.body(QUESTIONS[0], 8)
     assert len(request["image_data"]) == 3 and request["text"].count("<|image_pad|>") == 3
     assert QUESTIONS[0].prompt in request["text"]
-    assert list(MODES) == ["stock", "prefill", "pressure"]
+    assert list(MODES) == [*COMPARED, "shadow"] == ["stock", "prefill", "pressure", "shadow"]
     for name, flags in MODES.items():
         assert ("--aircache-when" in flags) == (name == "pressure")
         assert flags[1] == ("none" if name == "stock" else "aircache")
@@ -249,7 +249,7 @@ def test_a_table_without_pressure(tmp_path: Path) -> None:
     [
         (["--rate", "0"], "a rate must be above 0, got 0"),
         (["--rate", "nan"], "a rate must be above 0, got nan"),
-        (["--mode", "late"], "a mode must be one of stock, prefill, pressure, got 'late'"),
+        (["--mode", "late"], "a mode must be one of stock, prefill, pressure, shadow, got 'late'"),
     ],
 )
 def test_bad_load(
@@ -288,7 +288,7 @@ def test_a_measured_rate_is_not_measured_again(
     path = tmp_path / "load.jsonl"
     write(path)
     monkeypatch.setattr(load, "servers", lambda _, modes: pytest.fail(f"started {modes}"))
-    load.measure(Results(path, SMALL.about()), SMALL, list(MODES), [1.0, 2.0])
+    load.measure(Results(path, SMALL.about()), SMALL, list(COMPARED), [1.0, 2.0])
     with pytest.raises(pytest.fail.Exception, match=r"started \['stock'\]"):
         load.measure(Results(path, SMALL.about()), SMALL, ["stock"], [1.0, 3.0])
     assert default_file(parser().parse_args(["--load"])) == RESULTS / "load.jsonl"
