@@ -522,6 +522,8 @@ class Compressor:
         state_of(req).restart()
         record = self.records.pop(req.kv.req_pool_idx, None)
         if record is None or record.budgets is None:
+            if req.finished():
+                state_of(req).captured = None
             return record
         if self.shadows is not None:
             self.shadows.collect(req, record, packs)

@@ -25,6 +25,7 @@ from sglang.srt.managers.mm_utils import extend_mrope_positions_for_retracted_re
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils import flatten_nested_list
 
 from aircache_sglang.config import MASS_LADDER, REQUEST_KEY, AirCacheConfig
 from aircache_sglang.engine.heads import TensorParallelHeads
@@ -57,10 +58,11 @@ class Captured:
     """What is kept of an answer that is being generated.
 
     items: the prompt's pictures, of which SGLang's own lose their pixels before the request's KV is
-    released (batch_result_processor.py); rows: by index in the answer.
+    released (batch_result_processor.py); epoch: of the weights; rows: by index in the answer.
     """
 
     items: list[Any]
+    epoch: int
     rows: dict[int, Row] = dataclasses.field(default_factory=dict)
 
 
@@ -107,6 +109,7 @@ class Shadows:
         self._bytes = 0
         self._current: ShadowReq | None = None
         self._n_started = 0
+        self._epoch = 0
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._dropped: collections.Counter[str] = collections.Counter()
         self._worst: list[dict[str, Any]] = []
@@ -141,13 +144,16 @@ class Shadows:
             # Below 0: a chunk that does not end the prompt.
             if 0 <= index < ANSWER_TOKENS:
                 if state.captured is None:
-                    state.captured = Captured(list(map(copy.copy, req.multimodal_inputs.mm_items)))
+                    items = list(map(copy.copy, req.multimodal_inputs.mm_items))
+                    state.captured = Captured(items, self._epoch)
                 chosen.append((row, state.captured.rows, index))
         if chosen:
             rows = to_device((row for row, _, _ in chosen), logits.device, torch.int64)
-            top = logits[rows].float().log_softmax(dim=-1).topk(min(TOP, logits.shape[1]))
+            drawn = logits[rows].float()
+            top = drawn.topk(min(TOP, logits.shape[1]))
+            values = top.values - drawn.logsumexp(dim=-1, keepdim=True)
             for i, (_, captured, index) in enumerate(chosen):
-                captured[index] = (top.values[i], top.indices[i])
+                captured[index] = (values[i], top.indices[i])
 
     def left_alone(self, req: Any, reason: Reason) -> None:
         """A request is served whole; at retention 1 the guard counts those that it would have."""
@@ -173,6 +179,9 @@ class Shadows:
             # Its adapter might be gone by then.
             self._drop("adapter")
             return
+        if captured is not None and captured.epoch != self._epoch:
+            self._drop("weights_changed")
+            return
         answer = req.output_ids_through_stop[:ANSWER_TOKENS]
         first = 0 if record.reused else min(r.packed_at for r in (record, *packs))
         indices = [i for i in range(first, len(answer)) if captured and i in captured.rows]
@@ -180,13 +189,16 @@ class Shadows:
             # Nothing of it was drawn from packed cells.
             return
         assert captured is not None, "there are indices"
-        inputs, items = req.multimodal_inputs, captured.items
+        # A copy, since models keep fields of their own on them (models/llava.py).
+        inputs, items = copy.copy(req.multimodal_inputs), captured.items
         prompt = req.origin_input_ids
         ids = prompt + answer[: indices[-1] + 1]
         positions = inputs.mrope_positions
         if positions is not None:
             more = len(ids) - positions.shape[1]
             positions = extend_mrope_positions_for_retracted_request(positions, more)
+        inputs.mm_items, inputs.mrope_positions = items, positions
+        inputs.mrope_position_delta_repeated_cache = None
         complete = all(map(_is_here, items))
         if not complete:
             for item in items:
@@ -201,12 +213,7 @@ class Shadows:
                 n_prompt=len(prompt),
                 indices=indices,
                 rows=[captured.rows[i] for i in indices],
-                inputs=dataclasses.replace(
-                    inputs,
-                    mm_items=items,
-                    mrope_positions=positions,
-                    mrope_position_delta_repeated_cache=None,
-                ),
+                inputs=inputs,
                 media_end=max(
                     intent.prompt.end, *(end + 1 for item in items for _, end in item.offsets or ())
                 ),
@@ -235,6 +242,13 @@ class Shadows:
         """Queue one comparison if the server has nothing else to do."""
         if self._current is not None or not self._waiting or not scheduler.is_fully_idle():
             return
+        weights = scheduler.weight_updater
+        if weights.offload_tags or weights._session is not None:
+            # They are not there, or between old and new.
+            self.forget_weights()
+            return
+        if scheduler.flush_wrapper._pending is not None:
+            return  # it waits for an idle moment, too
         while self._waiting and self._current is None:
             sample = self._next()
             req = self._request(sample, scheduler)
@@ -293,13 +307,13 @@ class Shadows:
         A chunk that was launched is waited for, as any forward is; if it was the last the
         comparison is made.
         """
-        req = self._current
-        if req is None:
-            return
-        if scheduler.enable_overlap and scheduler.result_queue:
+        req, last = self._current, scheduler.last_batch
+        if req is not None and scheduler.enable_overlap and scheduler.result_queue:
             scheduler.process_batch_result(*scheduler.result_queue.popleft())
-        scheduler.last_batch = None
-        if self._current is None:
+        # One that has ended leaves its batch, too: by it the server would not be idle.
+        if req is not None or (last is not None and is_shadow(last)):
+            scheduler.last_batch = scheduler.cur_batch_for_debug = None
+        if req is None or self._current is None:
             return
         # As Scheduler.process_pending_chunked_abort, without an output.
         prepare_abort(req, "a request came")
@@ -307,6 +321,11 @@ class Shadows:
         release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
         scheduler.chunked_req = None
         self._end("request_came")
+
+    def forget_weights(self) -> None:
+        """They change: what they have said is not compared with what the next ones say."""
+        self._epoch += 1
+        self.drop_all("weights_changed")
 
     def drop_all(self, cause: str) -> None:
         """Forget what waits: its KV, its weights or its clients are gone."""
@@ -409,5 +428,17 @@ def _is_here(item: Any) -> bool:
 
 
 def _bytes_of(item: Any) -> int:
+    """What stays in memory with an item: of a view the whole tensor."""
     values = (item.feature, item.precomputed_embeddings, *item.model_specific_data.values())
-    return sum(int(getattr(value, "nbytes", 0)) for value in values)
+    return sum(map(_nbytes, flatten_nested_list(list(values))))
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.untyped_storage().nbytes())
+    return int(getattr(value, "nbytes", 0))
+
+
+def is_shadow(batch: Any) -> bool:
+    """Whether a batch is a shadow's: it has one of its own."""
+    return bool(batch.reqs) and isinstance(batch.reqs[0], ShadowReq)

@@ -13,6 +13,8 @@ from statistics import NormalDist
 
 # Of a two-sided interval of 95 %.
 Z = NormalDist().inv_cdf(0.975)
+# With fewer requests that differ, or that agree, nothing is known of how requests spread.
+FEW = 5
 # What the tokens outside a list are taken to have at least, where its sum rounds to 1.
 _LEAST_REST = 1e-6
 
@@ -108,7 +110,8 @@ class Tally:
         """(share of tokens that differ, lower, upper bound).
 
         Wilson's interval over an effective number of tokens (Korn and Graubard 1998): those of one
-        request are not independent. Where none differ, or all, a request counts as one token.
+        request are not independent. Where so few requests differ, or agree, that their spread is
+        not known, a request counts as one token.
         """
         if self.n == 0:
             return 0.0, 0.0, 1.0
@@ -117,6 +120,8 @@ class Tally:
         effective: float = self.requests
         if self.requests > 1 and 0 < p < 1:
             effective = min(self.n, p * (1 - p) / max(variance, 1e-30))
+            if min(self.same, self.requests - self.same) < FEW:
+                effective = min(effective, self.requests)
         return p, *wilson(p, effective, z)
 
     def same_answers(self, z: float = Z) -> tuple[float, float, float]:

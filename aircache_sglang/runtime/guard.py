@@ -9,9 +9,10 @@ over all looks of a window together (Bonferroni).
 
 Down: what is known of the lower rung is old. So going down is a trial, which the next window judges
 as any other. It is made after `patience` windows in a row whose upper bound, one-sided 95 %, is
-below the bound; patience begins at 1 and doubles with each trial that ends in a rise, up to
-MOST_PATIENCE: of the windows, at most one in patience + 1 is spent at a rung that was found bad.
-At retention 1 nothing is compressed or compared: there WINDOW sampled requests are a window.
+below the bound; the patience of each rung begins at 1 and doubles with each trial of it that ends
+in a rise, up to MOST_PATIENCE: of the windows, at most one in patience + 1 is spent at a rung that
+was found bad. At retention 1 nothing is compressed or compared: there WINDOW sampled requests are a
+window, which they fill faster than comparisons do on a busy server.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Guard:
         self._at = 0
         self._window = Tally()
         self._clean = 0
-        self._patience = 1
+        self._patience = [1] * len(self._rungs)  # before a rung is tried
         self._on_trial = False
         self._unseen = 0
         self.raised = self.lowered = 0
@@ -57,7 +58,7 @@ class Guard:
         _, low, _ = self._window.differing(_UP)
         if low > self.bound and self._at + 1 < len(self._rungs):
             if self._on_trial:
-                self._patience = min(2 * self._patience, MOST_PATIENCE)
+                self._patience[self._at] = min(2 * self._patience[self._at], MOST_PATIENCE)
             self.raised += 1
             return self._move(+1, on_trial=False)
         if self._window.requests < WINDOW:
@@ -80,9 +81,9 @@ class Guard:
     def _clean_window(self) -> str | None:
         if self._on_trial:
             # It has held: what follows is judged anew.
-            self._on_trial, self._patience = False, 1
+            self._on_trial, self._patience[self._at] = False, 1
         self._clean += 1
-        if self._at == 0 or self._clean < self._patience:
+        if self._at == 0 or self._clean < self._patience[self._at - 1]:
             return None
         self.lowered += 1
         return self._move(-1, on_trial=True)

@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReq
 
 from aircache_patches import embeddings, process
 from aircache_patches.output import AirCacheOutputStreamer
-from aircache_sglang.engine.shadow import ShadowReq, Shadows
+from aircache_sglang.engine.shadow import ShadowReq, Shadows, is_shadow
 
 # Who looks at a server does not disturb it.
 _LOOKS = GetInternalStateReq
@@ -45,9 +45,12 @@ def get_new_batch_prefill_raw(
     """AROUND Scheduler._get_new_batch_prefill_raw: a shadow is queued in an idle moment."""
     found = shadows()
     found.start(scheduler)
-    plan = original(scheduler, *args, **kwargs)
+    batch, running = original(scheduler, *args, **kwargs)
     found.admitted(scheduler)
-    return plan
+    if batch is not None and is_shadow(batch):
+        # Neither its tokens nor its hits are traffic (batch_result_processor.py).
+        batch.prefill_stats = None
+    return batch, running
 
 
 def flush_cache(*args: Any, **kwargs: Any) -> None:
@@ -65,7 +68,7 @@ def flush_cache_after_weight_update(*args: Any, **kwargs: Any) -> None:
     """BEFORE SchedulerWeightUpdaterManager.flush_cache_after_weight_update: answers of old weights
     are not compared with new ones."""
     embeddings.flush_cache_after_weight_update(*args, **kwargs)
-    shadows().drop_all("weights_changed")
+    shadows().forget_weights()
 
 
 class ShadowOutputStreamer(AirCacheOutputStreamer):

@@ -57,7 +57,13 @@ def test_a_terminal_refreshes_and_is_left_as_it_was(aircache_server: Server) -> 
     ]
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
     process = subprocess.Popen(
-        [*argv, *urls], stdin=follower, stdout=follower, stderr=follower, env=env
+        [*argv, *urls],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=env,
+        # Tests that run in the background of a shell have it ignored, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     seen = ""
@@ -68,7 +74,9 @@ def test_a_terminal_refreshes_and_is_left_as_it_was(aircache_server: Server) -> 
             if select.select([leader], [], [], 1.0)[0]:
                 seen += os.read(leader, 65536).decode(errors="replace")
         process.send_signal(signal.SIGINT)
-        while True:
+        while time.monotonic() < deadline:
+            if not select.select([leader], [], [], 1.0)[0]:
+                continue
             try:
                 read = os.read(leader, 65536)
             except OSError:  # Linux: the other end is closed
