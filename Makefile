@@ -13,7 +13,7 @@ PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 GPU_PYTHON ?=
 
-.PHONY: help which-python dev test test-unit test-families test-compile test-gpu upgrade-check check format demo bench bench-parts quality train clean
+.PHONY: help which-python dev test test-unit test-families test-long test-compile test-gpu upgrade-check check format demo bench bench-parts quality train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -26,7 +26,7 @@ dev: ## create the environment, about 11 GB and 7 minutes the first time
 	@echo "Ready: source .venv/bin/activate"
 
 test: test-unit ## unit tests, then real servers on this machine's CPU
-	@$(PYTHON); $(TEST) "$$python" -m pytest tests/integration -m "not gpu and not families" -v $(WORKERS) \
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/integration -m "not gpu and not families and not long" -v $(WORKERS) \
 	  --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-unit: ## the tests that start no server; the kernels run in Triton's interpreter
@@ -36,6 +36,9 @@ test-unit: ## the tests that start no server; the kernels run in Triton's interp
 test-families: ## every model family beside stock SGLang and Transformers, in all shapes; about an hour
 	@$(PYTHON); $(TEST) "$$python" -m pytest tests/integration/test_family_matrix.py -m "not gpu" -v $(WORKERS) \
 	  --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+test-long: ## what `make test` leaves out for its time alone
+	@$(PYTHON); $(TEST) "$$python" -m pytest tests/integration -m "long and not gpu" -v $(ARGS)
 
 test-compile: ## the kernels in all shapes for all kinds of GPU, without one; half an hour
 	@$(PYTHON); $(TEST) "$$python" -m pytest tests/unit/kernels/test_compile.py -m "not gpu" $(WORKERS) --dist worksteal $(ARGS)

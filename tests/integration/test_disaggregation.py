@@ -300,33 +300,30 @@ def test_a_storm(pair: Pair, single: Server) -> None:
     assert check(pair, single, answers, set()) > n_jobs // 2
 
 
-@pytest.mark.parametrize("n_jobs", [48, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_jobs", [48, pytest.param(400, marks=pytest.mark.long)])
 def test_a_prefill_server_that_is_started_again(
     pair: Pair, single: Server, checkpoint: Path, env: dict[str, str], n_jobs: int
 ) -> None:
     """In the middle of a storm: what was on its way fails in a sentence, and the rest goes on."""
     done: set[int] = set()
-    lost: set[int] = set()
 
     def one(number: int) -> Any:
-        before, was_down = pair.prefill, down.is_set()
         answer = run(pair, number)
-        if was_down or down.is_set() or before is not pair.prefill:
-            lost.add(number)
         done.add(number)
         return answer
 
-    down = threading.Event()
+    # Half of them meets a server that is gone, the other half the new one.
+    half = n_jobs // 2
     with ThreadPoolExecutor(8) as pool:
-        running = [pool.submit(one, number) for number in range(n_jobs)]
-        wait_until(lambda: len(done) >= n_jobs // 3)
-        down.set()
+        running = [pool.submit(one, number) for number in range(half)]
+        wait_until(lambda: len(done) >= half // 2)
+        lost = {*range(half)} - done
         pair.prefill.terminate()
         flags = flags_of("prefill", pair.bootstrap_port)
         pair.prefill = PreloadedServer(checkpoint, flags, env=env)
         pair.prefill.start()
-        down.clear()
         answers = [future.result() for future in running]
+        answers += pool.map(one, range(half, n_jobs))
     idle(pair)
     assert check(pair, single, answers, lost) > n_jobs // 3
     errors = {answer for answer in answers if isinstance(answer, str)}
