@@ -259,7 +259,7 @@ def test_the_command(documents: Server, chunked: Server) -> None:
     silent = run("--url", "http://127.0.0.1:9")
     assert silent.returncode == 2 and silent.stdout == ""
     assert (
-        silent.stderr.startswith("aircache audit: no answer from")
+        silent.stderr.startswith("aircache audit: no server answers at")
         and silent.stderr.count("\n") == 1
     )
 
