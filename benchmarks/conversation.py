@@ -22,7 +22,7 @@ from pathlib import Path
 
 from aircache_sglang.testing import Server
 from benchmarks.records import RESULTS, Results, Row, read
-from benchmarks.report import header, table
+from benchmarks.report import table, write
 from examples.watch import Client, Conversation, Turn, turns
 
 COLUMNS = 160
@@ -160,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.action == "run":
         measure(arguments.file, arguments.turns, arguments.stock_turns)
     rows = read(arguments.file)
-    text = "\n".join([header(arguments.file, rows), *tables(rows)])
-    arguments.file.with_suffix(".md").write_text(text)
-    print(text)
+    write(arguments.file, rows, tables(rows))
     return 0
 
 

@@ -147,12 +147,16 @@ def header(path: Path, rows: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def write(path: Path, rows: list[Row], parts: Iterable[str]) -> None:
+    """Write what the rows of `path` come to beside it, and print it."""
+    text = "\n".join([header(path, rows), *parts])
+    path.with_suffix(".md").write_text(text)
+    print(text)
+
+
 def report(path: Path) -> None:
     """Write the tables beside `path`, and print them."""
     from benchmarks.records import read
 
     rows = read(path)
-    parts = [*pass_table(rows), *attention_tables(rows), *overhead_table(rows)]
-    text = "\n".join([header(path, rows), *parts])
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    write(path, rows, [*pass_table(rows), *attention_tables(rows), *overhead_table(rows)])

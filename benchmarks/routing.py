@@ -27,7 +27,7 @@ from typing import Any
 
 from aircache_sglang.testing import Server, png_data_url
 from benchmarks.records import RESULTS, Results, Row, read
-from benchmarks.report import header, table
+from benchmarks.report import table, write
 
 PICTURES, QUESTIONS, AT_ONCE, TRIALS = 8, 5, 4, 3
 FLAGS = (
@@ -168,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"preset": "routing", "model": "the tests' tiny Qwen2-VL"}
         measure(Results(arguments.file, about | {"flags": " ".join(FLAGS), "url": None}))
     rows = read(arguments.file)
-    text = "\n".join([header(arguments.file, rows), *tables(rows)])
-    arguments.file.with_suffix(".md").write_text(text)
-    print(text)
+    write(arguments.file, rows, tables(rows))
     return 0
 
 

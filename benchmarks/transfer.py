@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from aircache_sglang.testing import LoadWatch
 from benchmarks.records import RESULTS, Results, Row, read
-from benchmarks.report import Cells, header, table
+from benchmarks.report import Cells, table, write
 
 if TYPE_CHECKING:
     from aircache_sglang.testing.pair import Pair
@@ -266,10 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results(arguments.file, about | {"flags": " ".join(FLAGS), "url": None})
         measure(results, arguments.mode or list(MODES), arguments.visual or VISUAL)
     rows = read(arguments.file)
-    text = "\n".join([header(arguments.file, rows), *tables(rows)])
-    arguments.file.with_suffix(".md").write_text(text)
+    write(arguments.file, rows, tables(rows))
     plot(arguments.file, rows)
-    print(text)
     return 0
 
 

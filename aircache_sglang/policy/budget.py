@@ -152,6 +152,15 @@ def largest_remainder(shares: Tensor, total: int, cap: int) -> Tensor:
     return whole + (rank < total - whole.sum()).to(torch.int64)
 
 
+def in_proportion(shares: Tensor, n_visual: int, m: int) -> Tensor:
+    """Budgets of a policy, int64 [L], in proportion to `shares` [L]. No host sync.
+
+    What is no number, not finite or negative counts as 0.
+    """
+    shares = torch.nan_to_num(shares, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
+    return largest_remainder(shares, m * shares.shape[0], n_visual)
+
+
 def layer_budgets_from_statistics(
     statistics: Tensor, n_visual: int, m: int, *, budget: str = "aircache"
 ) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aircache_sglang.policy.base import Policy, States
-from aircache_sglang.policy.budget import largest_remainder
+from aircache_sglang.policy.budget import in_proportion
 from aircache_sglang.policy.prompt_attention import (
     accumulated_attention,
     group_mean,
@@ -49,8 +49,7 @@ class TGVKV(Policy):
         return accumulated_attention(states).double().sum(dim=-1).mean(dim=-1)[None]
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:
-        given = torch.nan_to_num(statistics[0], nan=0.0, posinf=0.0, neginf=0.0)
-        return largest_remainder(given.clamp_min(0.0), m * given.shape[0], n_visual)
+        return in_proportion(statistics[0], n_visual, m)
 
 
 def text_weights(states: States) -> Tensor:

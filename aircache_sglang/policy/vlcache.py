@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aircache_sglang.policy.base import Policy, States
-from aircache_sglang.policy.budget import largest_remainder
+from aircache_sglang.policy.budget import in_proportion
 from aircache_sglang.policy.prompt_attention import (
     accumulated_attention,
     group_mean,
@@ -54,5 +54,4 @@ class VLCache(Policy):
         return (counts / (visible * states.q_text.shape[2]))[None]
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:
-        density = torch.nan_to_num(statistics[0], nan=0.0, posinf=0.0, neginf=0.0)
-        return largest_remainder(density.clamp_min(0.0), m * density.shape[0], n_visual)
+        return in_proportion(statistics[0], n_visual, m)

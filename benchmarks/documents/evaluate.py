@@ -20,10 +20,18 @@ from pathlib import Path
 
 from aircache_sglang.testing.oracle import Oracle
 from benchmarks.documents.model import CHECKPOINT
-from benchmarks.documents.questions import KINDS, LARGE, Layout, evaluation_set
+from benchmarks.documents.questions import KINDS, LARGE, Layout, Question, evaluation_set
 from benchmarks.records import provenance
 
 RESULTS = Path(__file__).parent / "results" / "transformers.jsonl"
+
+
+def text_of(oracle: Oracle, question: Question) -> str:
+    """The prompt as the checkpoint's chat template writes it."""
+    content = [{"type": "image"}] * len(question.sheets)
+    content += [{"type": "text", "text": question.prompt}]
+    messages = [{"role": "user", "content": content}]
+    return str(oracle.processor.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def score(oracle: Oracle, kind: str, samples: int, layout: Layout | None) -> dict[str, object]:
@@ -33,12 +41,7 @@ def score(oracle: Oracle, kind: str, samples: int, layout: Layout | None) -> dic
     nothing = [[()] * oracle.text_config.num_key_value_heads] * layers
     exact = {"full": 0, "hidden": 0}
     for question in evaluation_set(kind, samples, layout=layout):
-        images = question.images()
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question.prompt}]
-        text = oracle.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        inputs = oracle.encode(text, images)
+        inputs = oracle.encode(text_of(oracle, question), question.images())
         answer = tokenizer.encode(question.answer + "<|im_end|>", add_special_tokens=False)
         for name, selection in (("full", None), ("hidden", nothing)):
             trace = oracle.run(inputs, answer, selection)

@@ -41,11 +41,11 @@ from aircache_sglang.policy import (
     get_policy,
     global_counts,
     largest_remainder,
-    select_padded,
 )
 from aircache_sglang.policy.prompt_attention import causal_attention, instruction_attention
 from aircache_sglang.policy.tgvkv import text_weights
 from aircache_sglang.testing.oracle import Oracle, Selection, Trace, policy_states
+from benchmarks.documents.evaluate import text_of
 from benchmarks.documents.model import CHECKPOINT
 from benchmarks.documents.questions import (
     EVALUATED,
@@ -66,18 +66,6 @@ PAGES = 100  # of the training distribution, as many of each kind
 ASKED = tuple(kind for kind in KINDS if EVALUATED[kind].pages == 1)
 METHODS = ("aircache", "global", "global, heads", "adakv", "aircache, adakv", "sparsemm")
 TABLE_6 = (0.5, 0.1)
-
-
-def text_of(oracle: Oracle, question: Question) -> str:
-    """The prompt as a chat template writes it."""
-    content = [{"type": "image"}] * len(question.sheets) + [
-        {"type": "text", "text": question.prompt}
-    ]
-    return str(
-        oracle.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    )
 
 
 def cells_by_head(scores: Tensor, counts: Tensor) -> list[list[list[int]]]:
@@ -196,12 +184,8 @@ def of_all_tokens(trace: Trace) -> dict[float, Selection]:
     statistics, found = policy.statistics(states, scores), {}
     for retention in TABLE_6:
         budgets = policy.budgets(statistics, scores.shape[2], columns(retention, scores.shape[2]))
-        order = select_padded(scores, budgets)
         counts = budgets[:, None].expand(scores.shape[:2])
-        found[retention] = [
-            [row[: int(n)].tolist() for row, n in zip(rows, heads, strict=True)]
-            for rows, heads in zip(order, counts, strict=True)
-        ]
+        found[retention] = cells_by_head(scores, counts)
     return found
 
 

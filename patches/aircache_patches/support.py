@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aircache_sglang.config import AirCacheConfig
@@ -134,6 +134,14 @@ _KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
+def _given(view: Any, flags: Iterable[tuple[str, Any, str]]) -> Iterator[str]:
+    """Those of `flags` that are not what is fine, as the operator wrote them."""
+    for field, fine, flag in flags:
+        value = getattr(view, field)
+        if value != fine:
+            yield flag if value is True else f"{flag} {value}"
+
+
 def unsupported(server_args: Any) -> Iterator[str]:
     """Sentences, the first of which refuses the start; none if all is well.
 
@@ -189,11 +197,8 @@ def unsupported(server_args: Any) -> Iterator[str]:
                 "drop one of the flags"
             )
     if server_args.aircache_shadow > 0:
-        for field, fine, flag in _SHADOW_FLAGS:
-            value = getattr(view, field)
-            if value != fine:
-                shown = flag if value is True else f"{flag} {value}"
-                yield f"--aircache-shadow does not work with {shown}; drop one of the two flags"
+        for shown in _given(view, _SHADOW_FLAGS):
+            yield f"--aircache-shadow does not work with {shown}; drop one of the two flags"
     if server_args.aircache_elite == "shared" and view.tp_size > 1:
         yield f"{policy} does not work with --aircache-elite shared and --tp-size > 1; use per-head"
     yield from _unsupported_environment(server_args, policy)
@@ -215,10 +220,8 @@ def unsupported_disaggregation(view: Any, config: AirCacheConfig, policy: str) -
     from sglang.srt.environ import envs
 
     pair = f"{policy} with --disaggregation-mode {view.disaggregation_mode} does not work with"
-    for field, fine, flag in _PAIR_FLAGS:
-        value = getattr(view, field)
-        if value != fine:
-            yield f"{pair} {flag if value is True else f'{flag} {value}'}; drop one of the flags"
+    for shown in _given(view, _PAIR_FLAGS):
+        yield f"{pair} {shown}; drop one of the flags"
     if view.disaggregation_decode_retraction_backup not in (None, "cpu_tensor"):
         yield (
             f"{pair} --disaggregation-decode-retraction-backup "

@@ -217,6 +217,12 @@ class Storm:
         return Outcome(job, answer)
 
 
+def assert_answered(outcomes: Sequence[Outcome]) -> None:
+    """No request failed that was not broken off."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    assert not errors, "\n".join(errors)
+
+
 def flush(server: Server) -> None:
     """Empty the radix tree, once what was broken off has ended."""
     response = server.request("POST", "/flush_cache?timeout=60")

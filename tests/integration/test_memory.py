@@ -25,6 +25,7 @@ from tests.integration.storm import (
     Outcome,
     Prompt,
     Storm,
+    assert_answered,
     fates,
     flush,
     loads,
@@ -91,8 +92,7 @@ def check_outcomes(outcomes: Sequence[Outcome], *, n_layers: int = 4) -> list[Ou
 
     n_layers: of the model, those that attend.
     """
-    errors = [outcome.error for outcome in outcomes if outcome.error]
-    assert not errors, "\n".join(errors)
+    assert_answered(outcomes)
     for outcome in outcomes:
         assert outcome.finished or outcome.job.fate != "finish", outcome
     finished = [outcome for outcome in outcomes if outcome.finished]

@@ -14,7 +14,7 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
 from aircache_sglang.testing.prompts import PICTURE, Prompt, ask, picture, user_prompt, words
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
-from tests.integration.storm import Storm, make_jobs, make_prompts, wait_idle
+from tests.integration.storm import Storm, assert_answered, make_jobs, make_prompts, wait_idle
 from tests.integration.test_exactness import SHAPES
 from tests.integration.test_memory import settled_metrics
 from tests.integration.test_pressure import POOL, PRESSURE, ask_at_once, prompts
@@ -149,8 +149,7 @@ def storm(server: Server, seed: int, slots: int, *, compressed: int = 15) -> Non
     """At least so many of its requests are compressed."""
     jobs = make_jobs(seed, 120, make_prompts(seed + 1, 36), longest=60)
     outcomes = Storm(server, concurrency=16).run(jobs, waves=2)
-    errors = [outcome.error for outcome in outcomes if outcome.error]
-    assert not errors, "\n".join(errors)
+    assert_answered(outcomes)
     finished = [outcome for outcome in outcomes if outcome.finished]
     n_compressed = 0
     for outcome in finished:

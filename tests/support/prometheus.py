@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 import pytest
 import requests
 import yaml
+
+from aircache_sglang.testing.server import free_port
 
 MONITORING = Path(__file__).parents[2] / "examples" / "monitoring"
 DASHBOARD, RULES = MONITORING / "dashboard.json", MONITORING / "aircache.rules.yml"
@@ -68,9 +69,7 @@ class Prometheus:
         self._targets = targets
         self._session = requests.Session()
         self._session.trust_env = False
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
 
     def __enter__(self) -> Prometheus:
         config = yaml.safe_load(CONFIGURATION.read_text())
