@@ -20,12 +20,13 @@ HEAD_TOKENS, MARK_TOKENS = 8, 2
 class Preset:
     """A sweep over batch sizes and prompt lengths.
 
-    model: arguments of `make_qwen2_vl`. flags, env: of both servers.
+    model: its shape, the arguments of its factory. flags, env: of both servers.
     retentions: of the compressing server, beside stock SGLang.
     tokens: of each answer. picture_tokens: visual tokens a picture.
     rounds: how often each cell is measured, the variants taking turns (A B B A).
     side_by_side: both servers run at once, so that the variants of a cell follow one another; else
         they take turns by the round.
+    family: of the model, one of FAMILIES in `run.py`.
     needs_gpu: its model is none for a CPU.
     when: `pressure` asks at retention 1 for GATE_RETENTION under pressure instead, of which a pool
         with room packs nothing.
@@ -41,6 +42,7 @@ class Preset:
     tokens: int
     rounds: int
     side_by_side: bool
+    family: str = "qwen2-vl"
     needs_gpu: bool = False
     retentions: Sequence[float] = (1.0, 0.5, 0.1)
     picture_tokens: int = 1024
@@ -100,6 +102,17 @@ QWEN2_VL_7B = {
     "dtype": "bfloat16",
     "write_weights": False,
 }
+# Three recurrent layers to one that attends, of whose 8 KiB a token four requests read 128 MiB.
+HYBRID = {
+    "num_hidden_layers": 8,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 20_480,
+    "patch": 14,
+}
 COMMON = ("--enable-metrics", "--load-snapshot-publish-interval", "1")
 
 PRESETS = {
@@ -120,6 +133,23 @@ PRESETS = {
             side_by_side=True,
             gate_visual=(1024, 4096),
             gate_tokens=(2, 8, 32),
+        ),
+        Preset(
+            "cpu-hybrid",
+            HYBRID,
+            (
+                *("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "36864"),
+                *("--context-length", "16384", "--chunked-prefill-size", "4096"),
+                *("--max-running-requests", "8", "--sleep-on-idle", *COMMON),
+                *("--disable-radix-cache", "--mamba-ssm-dtype", "float32"),
+            ),
+            batches=(1, 4),
+            visual=(1024, 4096, 8192),
+            tokens=97,
+            rounds=3,
+            side_by_side=True,
+            family="qwen3.5",
+            env={"SGLANG_MAMBA_CONV_DTYPE": "float32"},
         ),
         Preset(
             "table3",

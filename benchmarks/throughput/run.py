@@ -15,7 +15,7 @@ import requests
 import torch
 
 from aircache_sglang.testing import Client, Server, ServerError
-from aircache_sglang.testing.checkpoints import make_qwen2_vl
+from aircache_sglang.testing.checkpoints import make_qwen2_vl, make_qwen3_5
 from benchmarks.records import Results, Row, cpu_name
 from benchmarks.throughput.bound import copy_bandwidth, kv_bytes, read_config, weight_bytes
 from benchmarks.throughput.measure import run_cell, run_gate_cell, warm_up
@@ -29,6 +29,7 @@ from benchmarks.throughput.plan import (
     plan_gate,
 )
 
+FAMILIES = {"qwen2-vl": make_qwen2_vl, "qwen3.5": make_qwen3_5}
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -63,7 +64,8 @@ class Servers:
 
     def _start(self, policy: str) -> Client:
         if self._checkpoint is None:
-            self._checkpoint = make_qwen2_vl(self._folder / "qwen2-vl", **self._preset.model)
+            make = FAMILIES[self._preset.family]
+            self._checkpoint = make(self._folder / self._preset.family, **self._preset.model)
         flags = [*self._preset.flags, "--kv-policy", policy]
         log = self._folder / f"{policy}.log"
         server = Server(self._checkpoint, flags, env=self._preset.env, log=log, timeout=1800)
@@ -205,7 +207,8 @@ def measured(client: Client, preset: Preset, cell: Cell | GateCell) -> Row:
 def shapes_of(info: dict) -> dict[str, int | str | None]:
     """What the bound needs to know of a server, from its arguments and its checkpoint if local."""
     config = read_config(info["model_path"])
-    if config is None:
+    if config is None or "linear_attention" in config.get("layer_types", ()):
+        # Of recurrent layers the states are read, and weights of another shape.
         return {"dtype": info["dtype"], "kv_bytes": None, "weight_bytes": None}
     stored = config.get("torch_dtype") or config.get("dtype") or "float32"
     # SGLang's auto serves float32 weights in half precision.

@@ -11,7 +11,11 @@ from typing import Any
 from aircache_sglang.config import AirCacheConfig
 
 # Of the served, those in which layers with a recurrent state stand between the attending ones.
-HYBRIDS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+HYBRIDS = (
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "InternS2PreviewForConditionalGeneration",
+)
 # Served and tested; see docs/models.md. LlavaQwenForCausalLM is LLaVA-OneVision and LLaVA-NeXT in
 # the form of their authors, LlavaForConditionalGeneration is Pixtral and LLaVA-1.5 in that of
 # Transformers; the last four run on SGLang's Transformers fallback.

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import requests
 
-from aircache_sglang.testing import Server
+from aircache_sglang.testing import Server, ServerError
+from aircache_sglang.testing.prompts import ask, picture, user_prompt
 from tests.integration.conftest import STRICT_MEMORY_CHECKS
 from tests.integration.storm import (
     PICTURE,
@@ -187,6 +188,9 @@ def test_a_storm_without_overlap_and_without_a_tree(checkpoint: Path) -> None:
         finished = check_outcomes(outcomes)
         assert sum(o.answer["meta_info"]["num_retractions"] for o in finished if o.answer) >= 5
         assert_nothing_is_left(server)
+        for knob, value in (("reuse", "compressed"), ("session_columns", 40)):
+            with pytest.raises(ServerError, match=rf"HTTP 400.*aircache\.{knob} needs a radix"):
+                ask(server, user_prompt(picture(1), "what?"), {knob: value})
 
 
 class Stream(threading.Thread):

@@ -15,6 +15,7 @@ import pytest
 import requests
 import sglang
 
+from aircache_patches.cli import main as aircache
 from aircache_sglang.frontend import KEY_HEADER, AirCacheEndpoint, routing_key
 from aircache_sglang.platform import has_accelerator
 from aircache_sglang.testing import Server, png_data_url
@@ -81,16 +82,45 @@ def test_a_picture_keeps_to_its_server(router: Router) -> None:
     keys = [routing_key(base64.b64decode(url.partition(",")[2])) for url in pictures]
     for question in range(3):
         for url, key in zip(pictures, keys, strict=True):
-            body = {
-                "text": user_prompt(PICTURE).text + words(6, seed=question),
-                "image_data": [url],
-                "sampling_params": {"max_new_tokens": 2, "temperature": 0.0},
-            }
-            response = requests.post(
-                f"{router.url}/generate", json=body, headers={KEY_HEADER: key}, timeout=600
-            )
-            cached = response.json()["meta_info"]["cached_tokens"]
+            cached = ask_by_key(router, url, key, question)["cached_tokens"]
             assert cached > 100 if question else cached < 100
+
+
+def ask_by_key(router: Router, url: str, key: str, question: int = 0) -> Any:
+    """A question about one picture to the server that the key belongs to; its meta_info."""
+    body = {
+        "text": user_prompt(PICTURE).text + words(6, seed=question),
+        "image_data": [url],
+        "sampling_params": {"max_new_tokens": 2, "temperature": 0.0},
+    }
+    response = requests.post(
+        f"{router.url}/generate", json=body, headers={KEY_HEADER: key}, timeout=600
+    )
+    return response.json()["meta_info"]
+
+
+def test_counters_add_up_and_each_server_shows_its_tree(
+    router: Router,
+    aircache_server: Server,
+    serial_server: Server,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    servers = (aircache_server, serial_server)
+    before = [compressed(server) for server in servers]
+    pictures = [png_data_url(picture(90 + i, 10, 10)) for i in range(6)]
+    reports = [ask_by_key(router, url, url[-64:])["aircache"] for url in pictures]
+    counted = [compressed(server) - n for server, n in zip(servers, before, strict=True)]
+    assert all(reports) and sum(counted) == len(pictures) and min(counted) > 0
+    capsys.readouterr()
+    urls = [part for server in servers for part in ("--url", server.url)]
+    assert aircache(["cache", *urls]) == 0
+    trees = capsys.readouterr().out.split("\n\n")
+    for server, tree, count in zip(servers, trees, counted, strict=True):
+        assert tree.startswith(f"{server.url}, data-parallel rank 0\npool ") and tree.count("visual") >= count
+
+
+def compressed(server: Server) -> int:
+    return int(server.metrics()["sglang:aircache_requests_compressed_total"])
 
 
 def test_clients_have_the_key(

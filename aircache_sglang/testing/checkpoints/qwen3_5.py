@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny Qwen3.5 and Qwen3.5-MoE: three gated-delta-net layers, then one of full attention."""
+"""Tiny Qwen3.5, Qwen3.5-MoE and InternS2-Preview: three gated-delta-net layers, then one of full attention."""
 
 from __future__ import annotations
 
@@ -56,6 +56,17 @@ def make_qwen3_5_moe(path: str | Path, *, seed: int = 2, **text: Any) -> Path:
         PATCH,
         experts | text,
     )
+
+
+def make_interns2_preview(path: str | Path) -> Path:
+    """Write a Qwen3.5-MoE under the name of which SGLang's class is that of Qwen3.5-MoE."""
+    folder = make_qwen3_5_moe(path, seed=3)
+    edit_json(
+        folder / "config.json",
+        architectures=["InternS2PreviewForConditionalGeneration"],
+        model_type="intern_s2_preview",
+    )
+    return folder
 
 
 def _make(
