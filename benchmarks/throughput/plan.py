@@ -102,7 +102,7 @@ QWEN2_VL_7B = {
     "dtype": "bfloat16",
     "write_weights": False,
 }
-# Three recurrent layers to one that attends, of whose 8 KiB a token four requests read 128 MiB.
+# Qwen3.5, three recurrent layers to one that attends; KV is 8 KiB a token.
 HYBRID = {
     "num_hidden_layers": 8,
     "hidden_size": 128,

@@ -116,7 +116,10 @@ def test_counters_add_up_and_each_server_shows_its_tree(
     assert aircache(["cache", *urls]) == 0
     trees = capsys.readouterr().out.split("\n\n")
     for server, tree, count in zip(servers, trees, counted, strict=True):
-        assert tree.startswith(f"{server.url}, data-parallel rank 0\npool ") and tree.count("visual") >= count
+        assert (
+            tree.startswith(f"{server.url}, data-parallel rank 0\npool ")
+            and tree.count("visual") >= count
+        )
 
 
 def compressed(server: Server) -> int:

@@ -71,7 +71,7 @@ CLIP = {"model_type": "clip_vision_model"}
             "sliding-window attention",
         ),
         (
-            "InternS2PreviewForConditionalGeneration",
+            "MiniCPMV4_6ForConditionalGeneration",
             {"model_type": "qwen3_5", "text_config": TEXT | {"model_type": "qwen3_5_text"}},
             "state-space or linear-attention layers",
         ),
@@ -107,6 +107,7 @@ def test_out_of_reach(
         *("qwen2_vl", "qwen3_vl_moe", "internvl_chat", "llava_qwen", "llava_next"),
         *("paddleocr_vl", "minicpm_v", "qwen3_omni", "dots_ocr", "step_vl"),
         *("glm4v_moe", "glm_ocr", "mistral3", "pixtral", "lighton_ocr", "qwen3_5", "qwen3_5_moe"),
+        "interns2_preview",
     ],
 )
 def test_within_reach(tmp_path: Path, family: str) -> None:

@@ -140,6 +140,16 @@ def test_bytes_of_a_step(tmp_path: Path) -> None:
     assert read_config(str(tmp_path / "elsewhere")) is None
 
 
+def test_a_hybrid_has_no_bound(tmp_path: Path) -> None:
+    """Its states are read too, which nobody counts."""
+    preset = PRESETS["cpu-hybrid"]
+    folder = run.FAMILIES[preset.family](tmp_path / "model", **preset.model)
+    assert preset.env and "--disable-radix-cache" in preset.flags
+    assert plan_gate(preset) == []
+    shapes = run.shapes_of({"model_path": str(folder), "dtype": "float32"})
+    assert shapes == {"dtype": "float32", "kv_bytes": None, "weight_bytes": None}
+
+
 def row(cell: Cell, **changes: Any) -> dict[str, Any]:
     kept = cell.visual_tokens if cell.retention is None else cell.retention * cell.visual_tokens
     return {
