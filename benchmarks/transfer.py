@@ -9,8 +9,8 @@ prefill until all of its KV has arrived (stage `prefill_transfer_kv_cache`); byt
 too. The model is the tests' tiny one, so links are scaled: each carries as many slots a second as
 one of 10, 25 or 100 Gbit/s carries of Qwen2-VL-7B in 16 bits, a slot of which is 56 KiB. A prompt
 is measured once it is in the prefill server's tree, so that one chunk computes the rest and all of
-it is sent behind its prefill. Where a long prefill is cut into chunks, stock SGLang sends most of it
-meanwhile, and what is left of the difference are the bytes.
+it is sent behind its prefill. Where a long prefill is cut into chunks, stock SGLang sends most of
+it meanwhile, and what is left of the difference are the bytes.
 
 *Held* are requests that one decode server runs at once from a pool of POOL slots.
 """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny Qwen3.5, Qwen3.5-MoE and InternS2-Preview: three gated-delta-net layers, then one of full attention."""
+"""Tiny Qwen3.5, Qwen3.5-MoE and InternS2-Preview.
+
+Three gated-delta-net layers, then one of full attention.
+"""
 
 from __future__ import annotations
 
