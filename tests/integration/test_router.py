@@ -108,7 +108,9 @@ def test_counters_add_up_and_each_server_shows_its_tree(
     servers = (aircache_server, serial_server)
     before = [compressed(server) for server in servers]
     pictures = [png_data_url(picture(90 + i, 10, 10)) for i in range(6)]
-    reports = [ask_by_key(router, url, url[-64:])["aircache"] for url in pictures]
+    keys = [routing_key(url.encode()) for url in pictures]
+    asked = zip(pictures, keys, strict=True)
+    reports = [ask_by_key(router, url, key)["aircache"] for url, key in asked]
     counted = [compressed(server) - n for server, n in zip(servers, before, strict=True)]
     assert all(reports) and sum(counted) == len(pictures) and min(counted) > 0
     capsys.readouterr()
