@@ -111,8 +111,8 @@ def register_radix_cache() -> None:
 
 def _make_radix_cache(context: Any) -> Any:
     from aircache_patches import process
-    from aircache_sglang.engine.hybrid import StatefulCache
     from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+    from aircache_sglang.engine.stateful_cache import StatefulCache
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()

@@ -237,9 +237,12 @@ class World:
         total, on_host = len(req.full_untruncated_fill_ids), 0
         if first:
             key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, limit=total - 1)
-            found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+            params = MatchPrefixParams(key=key, req=req, cow_mamba=self.tree.supports_mamba())
+            found = self.tree.match_prefix(params)
             req.prefix_len = req.kv.cache_protected_len = found.device_prefix_len
             req.last_node, on_host = found.last_device_node, found.host_hit_length
+        end = self.tree.chunk_end(req)
+        chunk = chunk if end is None else min(chunk, end - req.prefix_len)
         extend = min(chunk, total - req.prefix_len - on_host)
         lock = self.tree.lock(req.last_node) if first else None
         if not self._has_room(req, on_host + extend, reserve):
