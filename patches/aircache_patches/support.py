@@ -384,6 +384,7 @@ def unsupported_flashinfer(view: Any, model: Any, policy: str) -> Iterator[str]:
 
 def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
 
     model = model_config_of(server_args)
     architecture = (model.hf_config.architectures or ["an unnamed architecture"])[0]
@@ -399,7 +400,8 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
             f"{architecture}; serve it without --kv-policy"
         )
     # Again, with the pages that SGLang has chosen since.
-    yield from unsupported_beside_states(server_args, architecture, policy)
+    view, config = resolving_view(server_args), AirCacheConfig.from_server_args(server_args)
+    yield from unsupported_beside_states(view, config, architecture, policy)
     yield from unsupported_dtype(model, policy)
     yield from unsupported_tower(server_args.model_impl, model, policy)
     if not model.is_generation or not model.is_multimodal:
@@ -409,13 +411,15 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         )
 
 
-def unsupported_beside_states(server_args: Any, architecture: str, policy: str) -> Iterator[str]:
-    """What a hybrid model's recurrent states cannot follow."""
-    from sglang.srt.arg_groups.overrides import resolving_view
+def unsupported_beside_states(
+    view: Any, config: AirCacheConfig, architecture: str, policy: str
+) -> Iterator[str]:
+    """What a hybrid model's recurrent states cannot follow.
 
+    view: SGLang's arguments, resolved or not; config: the server's own flags.
+    """
     if architecture not in HYBRIDS:
         return
-    view = resolving_view(server_args)
     flags = _BESIDE_STATES if view.disable_radix_cache else _BESIDE_STATES + _BESIDE_CACHED_STATES
     for shown in _given(view, flags):
         yield f"{policy} does not work with {architecture} and {shown}; serve it without"
@@ -434,7 +438,7 @@ def unsupported_beside_states(server_args: Any, architecture: str, policy: str) 
             f"{policy} does not work with {architecture} and --page-size {view.page_size}, as a "
             "recurrent state ends at any token; use --page-size 1 or --disable-radix-cache"
         )
-    knob = AirCacheConfig.from_server_args(server_args).needs_tree()
+    knob = config.needs_tree()
     if knob is not None:
         yield (
             f"{policy} does not work with {architecture} and {_TREE[knob]}, {NO_STATE}; "
