@@ -138,6 +138,9 @@ class StatefulCache(AirCacheRadixCache):
         if node.state is not None:
             self._stated.move_to_end(node)
         elif not req.finished():
+            if req.decode_batch_idx:
+                # A step of its answer in the batch of a prefill, as the next one will be.
+                return
             # What follows is computed in the request's own.
             self._give(node, self._copy(req.kv.mamba_pool_idx.unsqueeze(0)))
         else:

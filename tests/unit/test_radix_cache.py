@@ -120,6 +120,7 @@ class FakeReq:
         self.prefix_len = self.extend_end = self.extend_batch_idx = self.prefilled = 0
         self.finished_len: int | None = None
         self.retracted_stain = False
+        self.decode_batch_idx = 0
         self.phase = Phase.WAITING
 
     @property
@@ -378,6 +379,7 @@ class World:
             return False
         self.rows.write((req.kv.req_pool_idx, length), slots.int())
         req.kv.kv_allocated_len = req.kv.kv_committed_len = length + 1
+        req.decode_batch_idx += 1
         if mixed:
             req.refresh_fill_ids()
             req.extend_end = length + 1
@@ -406,6 +408,7 @@ class World:
         req.lock = req.last_node = None
         req.prefix_len = req.extend_end = req.extend_batch_idx = 0
         req.retracted_stain = True
+        req.decode_batch_idx = 0
         req.phase = Phase.WAITING
 
     def run(self, req: FakeReq, steps: int = 0) -> FakeReq:

@@ -241,6 +241,20 @@ def test_what_is_beside_columns_leaves_no_state(decoded: int) -> None:
     assert len(list(world.stated())) == n_states == 2
 
 
+def test_a_step_beside_a_prefill_leaves_no_state() -> None:
+    """With --enable-mixed-chunk each would (test_radix_cache.py, FakeReq)."""
+    world = StatefulWorld(60)
+    req = world.run(world.submit([1, 2, 3, 4], []))
+    for _ in range(3):
+        assert world.decode(req, mixed=True)
+        world.result(req)
+        world.check()
+    assert len(list(world.stated())) == 1
+    said = req.ids
+    world.finish(req)
+    assert world.hit([*said, 5]) == len(said)
+
+
 def test_states_at_and_below_a_tombstone_are_free() -> None:
     world = StatefulWorld(80)
     ids, spans = pictures((12, 1))
