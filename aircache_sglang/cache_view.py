@@ -67,6 +67,11 @@ def draw(dump: dict[str, Any]) -> str:
         f"{pool['protected']} held, {pool['private']} with requests; "
         f"unlocked text {pool['unlocked_text']} of at most {pool['text_bound']}"
     ]
+    if "states" in pool:
+        lines.append(
+            f"{pool['states_size']} recurrent states: {pool['states_free']} free, "
+            f"{pool['states']} in the tree"
+        )
     if totals:
         lines.append(", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
     for node in dump["nodes"]:
@@ -75,6 +80,8 @@ def draw(dump: dict[str, Any]) -> str:
             what = "in host memory" if node["tombstone"] else f"{what} (and in host memory)"
         if node["columns"]:
             what += f" ({node['columns']} columns)"
+        if node["state"]:
+            what += ", a state"
         held = f", held {node['locks']}x" if node["locks"] else ""
         name = f" {node['name']}" if node["name"] else ""
         lines.append(

@@ -63,6 +63,8 @@ class Compressor:
     # Whether videos of one batch are padded to the longest, and the padding encoded: SGLang's
     # Transformers fallback (models/transformers.py, _collect_mm_kwargs).
     _pads_videos = False
+    # Not where layers with a recurrent state would need that at a replica's end.
+    _keeps_replicas = True
     shadows: Shadows | None = None
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
@@ -100,6 +102,7 @@ class Compressor:
         self.mode = get_disagg().disaggregation_mode
         self.layout = layout(config, pool, model_runner.model_config.get_total_num_kv_heads())
         self.inputs = inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
+        self._keeps_replicas = pool is model_runner.token_to_kv_pool
         self._has_tree = not model_runner.server_args.disable_radix_cache
         # torch_native has no mask for drafts (layers/attention/torch_native_backend.py).
         self._stock_verifies = "torch_native" not in (
@@ -160,6 +163,7 @@ class Compressor:
                     costs=FREE if self.mode == "prefill" else self.costs,
                     page_size=self.pool.page_size,
                     disaggregated=self.mode != "null",
+                    keeps_replicas=self._keeps_replicas,
                 )
             if isinstance(decision, Reason):
                 self.decline(req, decision)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of which some layers attend and the others keep a recurrent state.
 
-Only the attending layers have KV, and the pool has planes for them alone. The recurrent state of a
-request is its own, and what it has read of a picture stays in it whatever is evicted.
+Only the attending layers have KV, and the pool has planes for them alone. What a recurrent state
+has read of a picture stays in it whatever is evicted. States in the radix cache: stateful_cache.py.
 """
 
 from __future__ import annotations
@@ -10,45 +10,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-
 from aircache_sglang.engine.backend import AttentionState, adopt
-from aircache_sglang.engine.radix_cache import AirCacheRadixCache
 
 
 def attending_pool(pool: Any) -> Any:
     """The KV pool of the attending layers (mem_cache/memory_pool.py, HybridLinearKVPool); a pool
     of another kind is that itself."""
     return getattr(pool, "full_kv_pool", pool)
-
-
-class StatefulCache(AirCacheRadixCache):
-    """Without a tree: a request's recurrent state goes with its row.
-
-    SGLang's own is UnifiedRadixCache with a component for the states, switched off
-    (mem_cache/unified_cache/components/mamba.py).
-    """
-
-    def supports_mamba(self) -> bool:
-        """Whether models with recurrent states may be served (mem_cache/registry.py)."""
-        return True
-
-    def mamba_evictable_size(self) -> int:
-        """States that the tree could give up: it has none."""
-        return 0
-
-    def mamba_protected_size(self) -> int:
-        """States in the tree that requests hold."""
-        return 0
-
-    def all_mamba_values_flatten(self) -> torch.Tensor:
-        """Slots of the states in the tree, int64 [0]."""
-        return torch.empty(0, dtype=torch.int64)
-
-    def on_release(self, req: Any, *, checkpointed: bool) -> None:
-        super().on_release(req, checkpointed=checkpointed)
-        if req.kv.holds_mamba:
-            self.req_to_token_pool.free_mamba_cache(req)
 
 
 @functools.cache

@@ -139,6 +139,10 @@ class AirCacheRadixCache(SpanTree):
             self._publish(req, up_to)
         self.requests.prefilled(req)
 
+    def chunk_end(self, req: Any) -> int | None:
+        """Where a prefill ends a chunk for the tree's sake: with KV alone nowhere."""
+        return None
+
     def give_up_picture(self, req: Any, record: CompressionRecord) -> None:
         """A request that had its picture whole is packed: its slots are free, or yield."""
         if self.disable:

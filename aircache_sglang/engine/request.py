@@ -34,6 +34,7 @@ class RequestState:
     arrived: how it reached the decode server; kept while it is retracted.
     captured: what a shadow will compare it with (engine/shadow.py, Captured).
     bare_spans: placeholders that a key of the tree needs in place of the prompt's own tokens.
+    branch: how far full KV went when it was matched, of a hybrid beyond the last recurrent state.
     """
 
     decided_for: int | None = None
@@ -49,6 +50,7 @@ class RequestState:
     arrived: Arrival | None = None
     captured: Any = None
     bare_spans: list[tuple[int, list[int]]] | None = None
+    branch: int = 0
     _sent: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def decided(self, req: Any, intent: Intent | None) -> None:

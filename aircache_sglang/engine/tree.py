@@ -83,6 +83,8 @@ class Node(TreeNode):
     below_picture: a visual node stands above it, and a match reaches it only through that one.
     host_value: where its copy in host memory is, int64 [tokens]; None without (host_tier.py).
     transfer: which copy between device and host the node is part of right now.
+    state: of a hybrid model, where the recurrent state after the node's last token is, int64 [1];
+        None without. state_locks: who reads it (stateful_cache.py).
     occupied: there are slots in it or below it; n_occupied: children of which that is true.
     """
 
@@ -99,6 +101,8 @@ class Node(TreeNode):
         self.below_picture = False
         self.host_value: torch.Tensor | None = None
         self.transfer: int | None = None
+        self.state: torch.Tensor | None = None
+        self.state_locks = 0
         self.occupied = False
         self.n_occupied = 0
 
@@ -155,6 +159,7 @@ class Node(TreeNode):
             "columns": 0 if self.content is None else self.content.intent.columns,
             "tombstone": self.is_tombstone,
             "host_slots": 0 if self.host_value is None else len(self.host_value),
+            "state": self.state is not None,
             "locks": self.lock_ref,
             "idle_seconds": round(now - self.last_access_time, 3),
         }

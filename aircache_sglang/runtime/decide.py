@@ -255,12 +255,14 @@ def decide(
     costs: Costs = CPU,
     page_size: int = 1,
     disaggregated: bool = False,
+    keeps_replicas: bool = True,
 ) -> Intent | Reason | None:
     """An intent, a reason to leave a request with pictures alone, or None without pictures.
 
     config: the server's; room: slots of the pool that one request may fill; pad_floor: see
     `read_prompt`; costs: of a pass on this device; page_size: of the pool;
-    disaggregated: whether prefill and decode are on different servers.
+    disaggregated: whether prefill and decode are on different servers; keeps_replicas: whether a
+    radix cache could extend one.
     """
     prompt = read_prompt(
         asked.input_ids,
@@ -296,6 +298,7 @@ def decide(
         not asked.supported
         or (page_size > 1 and config.needs_single_tokens())
         or (disaggregated and config.needs_one_server())
+        or (not keeps_replicas and config.needs_tree())
     ):
         return Reason.UNSUPPORTED_REQUEST
     intent = Intent(

@@ -112,6 +112,11 @@ def hooks() -> list[Hook]:
             around,
         ),
         Hook(
+            srt + "managers.schedule_policy.PrefillAdder.add_chunked_req",
+            prefill.add_chunked_req,
+            around,
+        ),
+        Hook(
             srt + "managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req",
             prefill.request_slot_reserve_for_req,
             around,

@@ -44,7 +44,30 @@ def add_one_req(
     compressor.pressure.recount()
     if not compressor.admits(req, adder.can_run_list):
         return AddReqResult.OTHER
-    return original(adder, req, *args, **kwargs)
+    if kwargs.get("has_chunked_req"):
+        return original(adder, req, *args, **kwargs)
+    return _end_chunk(adder, req, lambda: original(adder, req, *args, **kwargs))
+
+
+def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder.add_chunked_req: as for a first chunk."""
+    return _end_chunk(adder, req, lambda: original(adder, req))
+
+
+def _end_chunk(adder: Any, req: Any, add: Callable[[], Any]) -> Any:
+    """Add a request to a batch up to where the tree wants its chunk to end.
+
+    The batch ends with it: SGLang keeps one request between two chunks, not more.
+    """
+    room, end = adder.rem_chunk_tokens, adder.tree_cache.chunk_end(req)
+    if room is None or end is None or end - req.prefix_len >= room:
+        return add()
+    n_admitted = len(adder.can_run_list)
+    adder.rem_chunk_tokens = end - req.prefix_len
+    result = add()
+    if len(adder.can_run_list) == n_admitted:
+        adder.rem_chunk_tokens = room
+    return result
 
 
 def prepare_for_extend(original: Callable[..., None], batch: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.runtime_context import get_disagg, get_memory, get_schedule
 
 from aircache_patches import process, sessions
+from aircache_patches.support import HYBRIDS, NO_STATE
 from aircache_sglang.config import REASON_KEY, REQUEST_KEY
 
 
@@ -43,6 +44,9 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
                 f"{REQUEST_KEY}.{knob} needs a radix cache, and this server has "
                 "--disable-radix-cache"
             )
+        architecture = (manager.model_config.hf_config.architectures or [""])[0]
+        if config.policy != "none" and knob is not None and architecture in HYBRIDS:
+            raise ValueError(f"{REQUEST_KEY}.{knob} does not work with {architecture}, {NO_STATE}")
 
 
 def update_request_meta_info(

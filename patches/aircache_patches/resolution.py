@@ -19,6 +19,7 @@ from sglang.srt.runtime_context import get_platform
 
 from aircache_patches.refusal import refuse
 from aircache_patches.support import served_backends, unsupported_beside_states
+from aircache_sglang.config import AirCacheConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def handle_model_specific_adjustments(server_args: Any, previous: Callable[[Any]
     """Refuse a hybrid model's flags before SGLang asserts that this machine can serve them."""
     architecture = (model_config_of(server_args).hf_config.architectures or [""])[0]
     policy = f"--kv-policy {server_args.kv_policy}"
-    for sentence in unsupported_beside_states(server_args, architecture, policy):
+    view, config = resolving_view(server_args), AirCacheConfig.from_server_args(server_args)
+    for sentence in unsupported_beside_states(view, config, architecture, policy):
         raise refuse(sentence)
     previous(server_args)
 
@@ -111,8 +113,8 @@ def register_radix_cache() -> None:
 
 def _make_radix_cache(context: Any) -> Any:
     from aircache_patches import process
-    from aircache_sglang.engine.hybrid import StatefulCache
     from aircache_sglang.engine.radix_cache import AirCacheRadixCache
+    from aircache_sglang.engine.stateful_cache import StatefulCache
 
     context.params.disable = context.disable_radix_cache
     compressor = process.compressor()

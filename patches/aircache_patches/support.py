@@ -124,6 +124,19 @@ _SHADOW_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("disaggregation_mode", "null", "--disaggregation-mode"),
     ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
 )
+# As _FLAGS, of a hybrid model; and of one with a radix cache.
+_BESIDE_STATES: tuple[tuple[str, Any, str], ...] = (
+    ("speculative_algorithm", None, "--speculative-algorithm"),
+    ("disaggregation_mode", "null", "--disaggregation-mode"),
+)
+_BESIDE_CACHED_STATES: tuple[tuple[str, Any, str], ...] = (
+    ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+    ("enable_int8_mamba_checkpoint", False, "--enable-int8-mamba-checkpoint"),
+    ("enable_linear_replayssm", False, "--enable-linear-replayssm"),
+    ("mamba_max_states_per_path", -1, "--mamba-max-states-per-path"),
+)
+# Why a hybrid extends no replica.
+NO_STATE = "since a replica in the radix cache has no recurrent state to go on from"
 # Switches of SGLang that are environment variables.
 _VARIABLES = (
     "SGLANG_RUST_SERVER",
@@ -375,6 +388,7 @@ def unsupported_flashinfer(view: Any, model: Any, policy: str) -> Iterator[str]:
 
 def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
 
     model = model_config_of(server_args)
     architecture = (model.hf_config.architectures or ["an unnamed architecture"])[0]
@@ -389,6 +403,9 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
             f"{policy} supports {', '.join(ARCHITECTURES)}, and {server_args.model_path} is a "
             f"{architecture}; serve it without --kv-policy"
         )
+    # Again, with the pages that SGLang has chosen since.
+    view, config = resolving_view(server_args), AirCacheConfig.from_server_args(server_args)
+    yield from unsupported_beside_states(view, config, architecture, policy)
     yield from unsupported_dtype(model, policy)
     yield from unsupported_tower(server_args.model_impl, model, policy)
     if not model.is_generation or not model.is_multimodal:
@@ -398,20 +415,39 @@ def _unsupported_model(server_args: Any, policy: str) -> Iterator[str]:
         )
 
 
-def unsupported_beside_states(server_args: Any, architecture: str, policy: str) -> Iterator[str]:
-    """What a hybrid model's recurrent states, which end with their request, cannot follow."""
+def unsupported_beside_states(
+    view: Any, config: AirCacheConfig, architecture: str, policy: str
+) -> Iterator[str]:
+    """What a hybrid model's recurrent states cannot follow.
+
+    view: SGLang's arguments, resolved or not; config: the server's own flags.
+    """
     if architecture not in HYBRIDS:
         return
-    if not server_args.disable_radix_cache:
+    flags = _BESIDE_STATES if view.disable_radix_cache else _BESIDE_STATES + _BESIDE_CACHED_STATES
+    for shown in _given(view, flags):
+        yield f"{policy} does not work with {architecture} and {shown}; serve it without"
+    if view.disable_radix_cache:
+        return
+    # As SGLang resolves `auto` (arg_groups/overrides.py, _mamba_radix_cache_resolution).
+    strategy = view.mamba_radix_cache_strategy
+    if strategy not in ("auto", "no_buffer") or not view.disable_overlap_schedule:
         yield (
-            f"{policy} serves {architecture} without a radix cache alone, since ours holds no "
-            "recurrent states; add --disable-radix-cache"
+            f"{policy} caches the recurrent states of {architecture} where a step has ended, "
+            "before the next one begins; add --mamba-radix-cache-strategy no_buffer "
+            "--disable-overlap-schedule, or serve it with --disable-radix-cache"
         )
-    for field, fine in (("speculative_algorithm", None), ("disaggregation_mode", "null")):
-        value = getattr(server_args, field)
-        if value != fine:
-            flag = f"--{field.replace('_', '-')} {value}"
-            yield f"{policy} does not work with {architecture} and {flag}; serve it without"
+    if view.page_size not in (None, 1):
+        yield (
+            f"{policy} does not work with {architecture} and --page-size {view.page_size}, as a "
+            "recurrent state ends at any token; use --page-size 1 or --disable-radix-cache"
+        )
+    knob = config.needs_tree()
+    if knob is not None:
+        yield (
+            f"{policy} does not work with {architecture} and {_TREE[knob]}, {NO_STATE}; "
+            "drop the flag"
+        )
 
 
 def unsupported_dtype(model: Any, policy: str) -> Iterator[str]:

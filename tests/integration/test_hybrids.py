@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3.5: the attending layers are compressed, the recurrent states go with their requests.
+"""Qwen3.5: the attending layers are compressed; recurrent states are their requests', or cached.
 
 In test_families.py its answers are Transformers'; here many run at once on little memory, under
-SGLang's own strict checks of both pools.
+SGLang's own strict checks of both pools, without a radix cache and with one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aircache_sglang.platform import has_accelerator
-from aircache_sglang.testing import Server
+from aircache_sglang.testing import Server, ServerError
 from aircache_sglang.testing.checkpoints import make_qwen3_5
-from aircache_sglang.testing.oracle import Oracle, assert_agrees, assert_policy_agrees
-from aircache_sglang.testing.prompts import Prompt, ask
-from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from aircache_sglang.testing.oracle import (
+    Oracle,
+    assert_agrees,
+    assert_policy_agrees,
+    logprob_error,
+)
+from aircache_sglang.testing.prompts import Prompt, ask, max_logprob_difference
+from tests.integration.conftest import COMMON_FLAGS, COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
 from tests.integration.storm import (
     TOKEN_SIDE,
     Storm,
@@ -48,6 +55,12 @@ FLAGS = [
     *("--context-length", "1024", "--chunked-prefill-size", "128", "--max-running-requests", "8"),
     *("--load-snapshot-publish-interval", "1", "--schedule-conservativeness", "0.05"),
 ]
+# 24 states, of which SGLang gives the 8 requests one each.
+CACHING = [
+    *(flag for flag in FLAGS if flag != "--disable-radix-cache"),
+    *("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule"),
+    *("--max-mamba-cache-size", "24"),
+]
 # Without a tree SGLang plans answers in full, and never retracts.
 ENV = STRICT_MEMORY_CHECKS | HYBRID_ENV
 RETRACTING = ENV | {
@@ -73,10 +86,10 @@ def reader(hybrid: Path) -> Oracle:
     return LongReader(hybrid)
 
 
-def prompt_of(*seeds: int) -> Prompt:
+def prompt_of(*seeds: int, question: str = "what is it?") -> Prompt:
     text = "".join(f"picture {seed} {QWEN_IMAGE} " for seed in seeds)
     return Prompt(
-        f"<|im_start|>user\n{text}what is it?<|im_end|>\n<|im_start|>assistant\n",
+        f"<|im_start|>user\n{text}{question}<|im_end|>\n<|im_start|>assistant\n",
         tuple(picture(seed) for seed in seeds),
     )
 
@@ -84,6 +97,12 @@ def prompt_of(*seeds: int) -> Prompt:
 @pytest.fixture(scope="module")
 def server(hybrid: Path) -> Iterator[Server]:
     with PreloadedServer(hybrid, FLAGS, env=RETRACTING) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def caching(hybrid: Path) -> Iterator[Server]:
+    with PreloadedServer(hybrid, CACHING, env=RETRACTING) as server:
         yield server
 
 
@@ -140,26 +159,130 @@ def test_nothing_is_left(server: Server) -> None:
     assert metrics["sglang:aircache_columns_held"] == 0
 
 
+def cached(answer: Any) -> int:
+    return int(answer["meta_info"]["cached_tokens"])
+
+
+def up_to_the_picture(answer: Any) -> int:
+    """Tokens of a prompt up to the end of its last picture."""
+    meta = answer["meta_info"]
+    return int(meta["prompt_tokens"] - meta["aircache"]["instruction_tokens"])
+
+
+@pytest.mark.parametrize("retention", [0.5, 0.1, 0.02])
+def test_the_next_question_hits_the_pictures(
+    caching: Server, reader: Oracle, retention: float
+) -> None:
+    flush(caching)
+    overrides = {"retention": retention, "return_selection": True}
+    for turn, question in enumerate(("what is it?", "where are they now?", "what is it?")):
+        prompt = prompt_of(3, 5, question=question)
+        answer = ask(caching, prompt, overrides)
+        assert cached(answer) == (up_to_the_picture(answer) if turn else 0)
+        trace = assert_agrees(reader, prompt, answer)
+        assert trace.logprobs.shape[0] == 16
+        error = logprob_error(trace, answer["meta_info"])
+        assert error < HybridReader.tolerance, f"logprobs differ by {error:.2e}"
+        assert_policy_agrees(trace, answer["meta_info"]["aircache"])
+    assert_nothing_is_left(caching)
+
+
+def test_a_turn_behind_an_answer_hits_the_prompt(caching: Server, reader: Oracle) -> None:
+    """What was said was computed beside columns: a state stands where the prompt ends."""
+    flush(caching)
+    overrides = {"retention": 0.1, "return_selection": True}
+    first = prompt_of(3)
+    answer = ask(caching, first, overrides)
+    turn = dataclasses.replace(
+        first, text=f"{first.text}a tree<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n"
+    )
+    following = ask(caching, turn, overrides)
+    assert_agrees(reader, turn, following)
+    assert cached(following) == up_to_the_picture(answer), "what is scored is computed anew"
+    plain = ask(caching, turn, {"policy": "none"})
+    assert_agrees(reader, turn, plain)
+    assert cached(plain) >= answer["meta_info"]["prompt_tokens"]
+    assert_nothing_is_left(caching)
+
+
+def test_nothing_kept_back_equals_stock(caching: Server, hybrid: Path) -> None:
+    """Texts, pictures and what follows them, each twice: the logprobs and hits of stock SGLang."""
+    said = "the old man walks along the river and looks at the water " * 8
+    asked = [
+        Prompt(f"<|im_start|>user\n{said}?<|im_end|>\n"),
+        Prompt(f"<|im_start|>user\n{said}?<|im_end|>\n<|im_start|>assistant\nyes"),
+        prompt_of(3, 5),
+        prompt_of(3, 5, question="what is it? tell me more"),
+    ]
+    flags = [*COMMON_FLAGS, *CACHING[len(COMPRESSING_FLAGS) :]]
+    with PreloadedServer(hybrid, flags, env=RETRACTING) as stock:
+        expected = [ask(stock, prompt) for prompt in (*asked, *asked)]
+    flush(caching)
+    answers = [ask(caching, prompt, {"retention": 1}) for prompt in (*asked, *asked)]
+    assert max_logprob_difference(expected, answers) < 1e-5
+    for stock_answer, ours in zip(expected, answers, strict=True):
+        assert cached(ours) >= cached(stock_answer)
+    assert sum(map(cached, expected)) > 0
+    assert_nothing_is_left(caching)
+
+
+@pytest.mark.parametrize("when", ["prefill", "pressure"])
+def test_many_at_once_on_few_states(caching: Server, reader: Oracle, when: str) -> None:
+    """Hits, retracted and resumed; states and pictures are evicted meanwhile."""
+    prompts = [prompt_of(3, seed) for seed in (4, 5, 8, 9, 10, 11)]
+    overrides = {"retention": 0.1, "when": when, "return_selection": True}
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = list(
+            threads.map(lambda each: ask(caching, each, overrides, max_new_tokens=60), prompts)
+        )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_agrees(reader, prompt, answer)
+    assert any(map(cached, answers))
+    assert_nothing_is_left(caching)
+
+
+def test_a_storm_on_a_tree_loses_no_slot_and_no_state(caching: Server) -> None:
+    prompts = make_prompts(7, 24)
+    jobs = make_jobs(8, 200, prompts, longest=LONGEST)
+    outcomes = Storm(caching, concurrency=16).run(jobs, waves=2)
+    finished = check_outcomes(outcomes, n_layers=2)
+    assert fates(finished)["finish"] >= 100
+    assert sum(not o.finished for o in outcomes) >= 10, "nothing was broken off"
+    metas = [o.answer["meta_info"] for o in finished if o.answer]
+    assert any(meta["num_retractions"] and meta["aircache"] for meta in metas)
+    assert sum(meta["cached_tokens"] for meta in metas) > 0
+    assert_nothing_is_left(caching)
+    pool = caching.info()["internal_states"][0]["aircache"]["pool"]
+    assert (pool["states_free"], pool["states"], pool["free"]) == (24, 0, POOL)
+
+
+def test_a_replica_is_refused(caching: Server) -> None:
+    with pytest.raises(ServerError, match=r"HTTP 400.*has no recurrent state to go on from"):
+        ask(caching, prompt_of(3), {"reuse": "compressed"})
+
+
 def test_two_ranks(hybrid: Path, reader: Oracle) -> None:
-    with Server(hybrid, [*FLAGS, "--tp-size", "2"], env=ENV) as ranks:
+    """With a tree on each, which hits alike."""
+    with Server(hybrid, [*CACHING, "--tp-size", "2"], env=ENV) as ranks:
         for retention in (1, 0.3, 0.05):
             prompt = prompt_of(3, 5)
             answer = ask(ranks, prompt, {"retention": retention, "return_selection": True})
             trace = assert_agrees(reader, prompt, answer)
             if retention < 1:
                 assert_policy_agrees(trace, answer["meta_info"]["aircache"])
+            assert cached(answer) == (up_to_the_picture(answer) if retention == 0.05 else 0)
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ((), "without a radix cache alone, since ours holds no recurrent states; add --disable-r"),
+        ((), "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedule, or serve it"),
         (
             (*HYBRID_FLAGS, "--speculative-algorithm", "NGRAM", "--disable-overlap-schedule"),
             "does not work with Qwen3_5ForConditionalGeneration and --speculative-algorithm NGRAM",
         ),
     ],
-    ids=["a radix cache", "drafts"],
+    ids=["overlap", "drafts"],
 )
 def test_refused(hybrid: Path, flags: tuple[str, ...], sentence: str) -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(hybrid)]

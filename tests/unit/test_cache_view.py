@@ -12,7 +12,7 @@ from aircache_sglang.engine.tree import Kind
 
 def node(depth: int, kind: str, tokens: int, **fields: Any) -> dict[str, Any]:
     plain = {"name": "", "slots": tokens, "columns": 0, "tombstone": False, "locks": 0}
-    plain |= {"host_slots": 0, "idle_seconds": 2.4}
+    plain |= {"host_slots": 0, "state": False, "idle_seconds": 2.4}
     return {"depth": depth, "kind": kind, "tokens": tokens, **plain, **fields}
 
 
@@ -43,6 +43,17 @@ def test_a_tombstone_a_lock_and_left_out_nodes() -> None:
     ]
     whole = {**dump, "totals": {}, "nodes": [], "nodes_left_out": 0}
     assert draw(whole).count("\n") == 0
+
+
+def test_recurrent_states() -> None:
+    pool = {"size": 9, "free": 5, "evictable": 4, "protected": 0, "private": 0}
+    pool |= {"unlocked_text": 4, "text_bound": 4, "states_size": 6, "states_free": 4, "states": 1}
+    nodes = [node(0, "prompt", 4, state=True)]
+    dump = {"pool": pool, "totals": {}, "nodes": nodes, "nodes_left_out": 0}
+    assert draw(dump).splitlines()[1:] == [
+        "6 recurrent states: 4 free, 1 in the tree",
+        "- prompt: 4 tokens, 4 slots, a state, used 2 s ago",
+    ]
 
 
 def test_totals_begin_at_zero_for_all_that_is_counted() -> None:

@@ -17,12 +17,15 @@ from aircache_patches.models import initialize_model
 from aircache_patches.support import (
     ADAPTED,
     ARCHITECTURES,
+    HYBRIDS,
     out_of_reach,
     unsupported_adapters,
+    unsupported_beside_states,
     unsupported_dtype,
     unsupported_kv_dtype,
     unsupported_tower,
 )
+from aircache_sglang.config import AirCacheConfig
 
 TEXT = {
     "hidden_size": 64,
@@ -165,6 +168,58 @@ def test_kv_that_the_kernels_cannot_read(
     found = list(unsupported_kv_dtype(view, SimpleNamespace(dtype=dtype), "--kv-policy aircache"))
     assert len(found) == (sentence is not None)
     assert all(sentence in text and "--kv-cache-dtype auto" in text for text in found)
+
+
+ADD_FLAGS = "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedule"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"disable_radix_cache": True, "disable_overlap_schedule": False, "page_size": 64}, None),
+        ({"disable_radix_cache": True, "enable_hierarchical_cache": True}, None),
+        ({"mamba_radix_cache_strategy": "no_buffer", "page_size": 1}, None),
+        ({"disable_overlap_schedule": False}, ADD_FLAGS),
+        (
+            {"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": False},
+            ADD_FLAGS,
+        ),
+        ({"mamba_radix_cache_strategy": "extra_buffer"}, ADD_FLAGS),
+        ({"mamba_radix_cache_strategy": "extra_buffer_lazy"}, ADD_FLAGS),
+        ({"page_size": 64}, "and --page-size 64, as a recurrent state ends at any token"),
+        ({"enable_hierarchical_cache": True}, "and --enable-hierarchical-cache; serve it"),
+        ({"enable_int8_mamba_checkpoint": True}, "and --enable-int8-mamba-checkpoint; serve"),
+        ({"enable_linear_replayssm": True}, "and --enable-linear-replayssm; serve it without"),
+        ({"mamba_max_states_per_path": 4}, "and --mamba-max-states-per-path 4; serve it without"),
+        ({"reuse": "compressed"}, "--aircache-reuse compressed, since a replica in the radix"),
+        ({"speculative_algorithm": "NGRAM"}, "and --speculative-algorithm NGRAM; serve it"),
+        (
+            {"disaggregation_mode": "decode", "disable_radix_cache": True},
+            "and --disaggregation-mode decode; serve it without",
+        ),
+    ],
+)
+def test_what_recurrent_states_cannot_follow(change: dict[str, Any], sentence: str | None) -> None:
+    fine: dict[str, Any] = {
+        "disable_radix_cache": False,
+        "mamba_radix_cache_strategy": "auto",
+        "disable_overlap_schedule": True,
+        "page_size": None,
+        "speculative_algorithm": None,
+        "disaggregation_mode": "null",
+        "enable_hierarchical_cache": False,
+        "enable_int8_mamba_checkpoint": False,
+        "enable_linear_replayssm": False,
+        "mamba_max_states_per_path": -1,
+    }
+    config = AirCacheConfig("aircache", reuse=change.get("reuse", "exact"))
+    view = SimpleNamespace(**fine | change)
+    for architecture in HYBRIDS:
+        found = list(unsupported_beside_states(view, config, architecture, "--kv-policy aircache"))
+        assert len(found) == (sentence is not None)
+        assert all(sentence in text and architecture in text for text in found)
+    assert not list(unsupported_beside_states(view, config, "MiniCPMV", "--kv-policy aircache"))
 
 
 def test_dots_ocr_is_served_in_bfloat16_alone() -> None:

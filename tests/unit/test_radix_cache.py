@@ -120,6 +120,7 @@ class FakeReq:
         self.prefix_len = self.extend_end = self.extend_batch_idx = self.prefilled = 0
         self.finished_len: int | None = None
         self.retracted_stain = False
+        self.decode_batch_idx = 0
         self.phase = Phase.WAITING
 
     @property
@@ -237,9 +238,12 @@ class World:
         total, on_host = len(req.full_untruncated_fill_ids), 0
         if first:
             key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, limit=total - 1)
-            found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+            params = MatchPrefixParams(key=key, req=req, cow_mamba=self.tree.supports_mamba())
+            found = self.tree.match_prefix(params)
             req.prefix_len = req.kv.cache_protected_len = found.device_prefix_len
             req.last_node, on_host = found.last_device_node, found.host_hit_length
+        end = self.tree.chunk_end(req)
+        chunk = chunk if end is None else min(chunk, end - req.prefix_len)
         extend = min(chunk, total - req.prefix_len - on_host)
         lock = self.tree.lock(req.last_node) if first else None
         if not self._has_room(req, on_host + extend, reserve):
@@ -375,6 +379,7 @@ class World:
             return False
         self.rows.write((req.kv.req_pool_idx, length), slots.int())
         req.kv.kv_allocated_len = req.kv.kv_committed_len = length + 1
+        req.decode_batch_idx += 1
         if mixed:
             req.refresh_fill_ids()
             req.extend_end = length + 1
@@ -403,6 +408,7 @@ class World:
         req.lock = req.last_node = None
         req.prefix_len = req.extend_end = req.extend_batch_idx = 0
         req.retracted_stain = True
+        req.decode_batch_idx = 0
         req.phase = Phase.WAITING
 
     def run(self, req: FakeReq, steps: int = 0) -> FakeReq:

@@ -121,7 +121,11 @@ class Server:
             req = self.waiting[0]
             if self.chunked_req is not None and len(req.origin_input_ids) > self.left:
                 break
-            adder = SimpleNamespace(can_run_list=[other for other, _ in self.batch])
+            adder = SimpleNamespace(
+                can_run_list=[other for other, _ in self.batch],
+                rem_chunk_tokens=self.chunk and self.left,
+                tree_cache=SimpleNamespace(chunk_end=lambda req: None),
+            )
             if prefill.add_one_req(self.add, adder, req) is not AddReqResult.CONTINUE:
                 break
             self.waiting.pop(0)
