@@ -286,7 +286,8 @@ class Shadows:
         """Why it cannot run now: it evicts nothing, and computes no picture that is gone."""
         if len(req.origin_input_ids) >= scheduler.max_req_len:
             return "too_long"
-        req.init_next_round_input(scheduler.tree_cache)
+        # Admission takes the copy of a recurrent state; one that is dropped here takes none.
+        req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
         if req.prefix_len < req.sample.media_end and not req.sample.complete:
             return "no_pictures"
         page_size = scheduler.page_size

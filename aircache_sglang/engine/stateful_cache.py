@@ -116,7 +116,7 @@ class StatefulCache(AirCacheRadixCache):
         That is where full KV went on when the request was matched, and where the last picture ends,
         as the next question on it begins there, or where queries are wanted before.
         """
-        if self.disable:
+        if self.disable or req.skip_radix_cache_insert:
             return None
         ends = []
         branch = state_of(req).branch
@@ -237,6 +237,20 @@ class StatefulCache(AirCacheRadixCache):
         del self._stated[node]
 
     # Reading
+
+    def sanity_check(self) -> None:
+        """Asked for while the scheduler is idle, with SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK
+        (managers/scheduler_components/invariant_checker.py)."""
+        found, below = [], [self.root_node]
+        while below:
+            node = below.pop()
+            # No match gets below a tombstone.
+            below.extend(child for child in node.children.values() if not child.is_tombstone)
+            if node.state is not None:
+                found.append(node)
+        assert set(found) == set(self._stated), "a state that no match reaches, or none knows"
+        locked = sum(bool(node.state_locks) for node in found)
+        assert locked == self._n_locked_states, "states that are locked were miscounted"
 
     def describe(self, limit: int = 1000) -> dict[str, Any]:
         """As without states, with how many there are."""

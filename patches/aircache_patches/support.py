@@ -131,6 +131,9 @@ _BESIDE_STATES: tuple[tuple[str, Any, str], ...] = (
 )
 _BESIDE_CACHED_STATES: tuple[tuple[str, Any, str], ...] = (
     ("enable_hierarchical_cache", False, "--enable-hierarchical-cache"),
+    # An answer's bits depend on where chunks end.
+    ("enable_deterministic_inference", False, "--enable-deterministic-inference"),
+    ("rl_on_policy_target", None, "--rl-on-policy-target"),
     ("enable_int8_mamba_checkpoint", False, "--enable-int8-mamba-checkpoint"),
     ("enable_linear_replayssm", False, "--enable-linear-replayssm"),
     ("mamba_max_states_per_path", -1, "--mamba-max-states-per-path"),
@@ -422,6 +425,8 @@ def unsupported_beside_states(
 
     view: SGLang's arguments, resolved or not; config: the server's own flags.
     """
+    from sglang.srt.environ import envs
+
     if architecture not in HYBRIDS:
         return
     flags = _BESIDE_STATES if view.disable_radix_cache else _BESIDE_STATES + _BESIDE_CACHED_STATES
@@ -429,6 +434,12 @@ def unsupported_beside_states(
         yield f"{policy} does not work with {architecture} and {shown}; serve it without"
     if view.disable_radix_cache:
         return
+    # It cuts a match to nothing that has named the state to go on from (mem_cache/common.py).
+    if envs.SGLANG_RADIX_FORCE_MISS.get():
+        yield (
+            f"{policy} does not work with {architecture} and SGLANG_RADIX_FORCE_MISS=1; unset it, "
+            "or add --disable-radix-cache"
+        )
     # As SGLang resolves `auto` (arg_groups/overrides.py, _mamba_radix_cache_resolution).
     strategy = view.mamba_radix_cache_strategy
     if strategy not in ("auto", "no_buffer") or not view.disable_overlap_schedule:

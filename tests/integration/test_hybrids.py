@@ -55,6 +55,7 @@ FLAGS = [
     *("--context-length", "1024", "--chunked-prefill-size", "128", "--max-running-requests", "8"),
     *("--load-snapshot-publish-interval", "1", "--schedule-conservativeness", "0.05"),
 ]
+SANITY = "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK"
 # 24 states, of which SGLang gives the 8 requests one each.
 CACHING = [
     *(flag for flag in FLAGS if flag != "--disable-radix-cache"),
@@ -102,7 +103,9 @@ def server(hybrid: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def caching(hybrid: Path) -> Iterator[Server]:
-    with PreloadedServer(hybrid, CACHING, env=RETRACTING) as server:
+    """Idle, it looks at a sample of its answers again; SGLang looks at the tree."""
+    flags, env = [*CACHING, "--aircache-shadow", "0.3"], {SANITY: "1"}
+    with PreloadedServer(hybrid, flags, env=RETRACTING | env) as server:
         yield server
 
 

@@ -173,6 +173,22 @@ def test_kv_that_the_kernels_cannot_read(
 ADD_FLAGS = "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedule"
 
 
+BESIDE_STATES: dict[str, Any] = {
+    "disable_radix_cache": False,
+    "mamba_radix_cache_strategy": "auto",
+    "disable_overlap_schedule": True,
+    "page_size": None,
+    "speculative_algorithm": None,
+    "disaggregation_mode": "null",
+    "enable_hierarchical_cache": False,
+    "enable_int8_mamba_checkpoint": False,
+    "enable_linear_replayssm": False,
+    "enable_deterministic_inference": False,
+    "rl_on_policy_target": None,
+    "mamba_max_states_per_path": -1,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -190,6 +206,8 @@ ADD_FLAGS = "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedu
         ({"page_size": 64}, "and --page-size 64, as a recurrent state ends at any token"),
         ({"enable_hierarchical_cache": True}, "and --enable-hierarchical-cache; serve it"),
         ({"enable_int8_mamba_checkpoint": True}, "and --enable-int8-mamba-checkpoint; serve"),
+        ({"enable_deterministic_inference": True}, "and --enable-deterministic-inference; serve"),
+        ({"rl_on_policy_target": "fsdp"}, "and --rl-on-policy-target fsdp; serve it without"),
         ({"enable_linear_replayssm": True}, "and --enable-linear-replayssm; serve it without"),
         ({"mamba_max_states_per_path": 4}, "and --mamba-max-states-per-path 4; serve it without"),
         ({"reuse": "compressed"}, "--aircache-reuse compressed, since a replica in the radix"),
@@ -201,25 +219,22 @@ ADD_FLAGS = "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedu
     ],
 )
 def test_what_recurrent_states_cannot_follow(change: dict[str, Any], sentence: str | None) -> None:
-    fine: dict[str, Any] = {
-        "disable_radix_cache": False,
-        "mamba_radix_cache_strategy": "auto",
-        "disable_overlap_schedule": True,
-        "page_size": None,
-        "speculative_algorithm": None,
-        "disaggregation_mode": "null",
-        "enable_hierarchical_cache": False,
-        "enable_int8_mamba_checkpoint": False,
-        "enable_linear_replayssm": False,
-        "mamba_max_states_per_path": -1,
-    }
     config = AirCacheConfig("aircache", reuse=change.get("reuse", "exact"))
-    view = SimpleNamespace(**fine | change)
+    view = SimpleNamespace(**BESIDE_STATES | change)
     for architecture in HYBRIDS:
         found = list(unsupported_beside_states(view, config, architecture, "--kv-policy aircache"))
         assert len(found) == (sentence is not None)
         assert all(sentence in text and architecture in text for text in found)
     assert not list(unsupported_beside_states(view, config, "MiniCPMV", "--kv-policy aircache"))
+
+
+def test_a_cache_that_misses_at_will_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_RADIX_FORCE_MISS", "1")
+    view = SimpleNamespace(**BESIDE_STATES)
+    [said] = unsupported_beside_states(
+        view, AirCacheConfig("aircache"), HYBRIDS[0], "--kv-policy x"
+    )
+    assert said.endswith("and SGLANG_RADIX_FORCE_MISS=1; unset it, or add --disable-radix-cache")
 
 
 def test_dots_ocr_is_served_in_bfloat16_alone() -> None:

@@ -149,6 +149,7 @@ class StatefulWorld(World):
 
     def check(self) -> None:
         super().check()
+        self.tree.sanity_check()
         cached = [int(node.state) for node, _ in self.stated()]
         owned = [int(req.kv.mamba_pool_idx) for req in self.live if req.kv.holds_mamba]
         free = self.rows.mamba_allocator.free_slots.tolist()
