@@ -13,7 +13,7 @@ PYTHON = python=$$(.ci/env); PATH="$$PWD/.venv/bin:$$PATH"
 ARGS ?=
 GPU_PYTHON ?=
 
-.PHONY: help which-python dev test test-unit test-families test-long test-compile test-gpu upgrade-check check format demo bench bench-parts quality train train-plain clean
+.PHONY: help which-python dev test test-unit test-families test-long test-compile test-gpu upgrade-check check format demo bench bench-parts quality train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -73,10 +73,6 @@ quality: ## what compression does to answers; ARGS="--grid table5", --help
 
 train: ## train the model that reads pages, about three hours on one core; ARGS=--help
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.documents.train $(ARGS)
-
-train-plain: ## train the second one, not taught where to look, about 50 minutes on one core
-	@$(PYTHON); $(OFFLINE) OMP_NUM_THREADS=1 "$$python" -m benchmarks.documents.train --plain --kinds value line --steps 3600 \
-	  --decay 0.4 --threads 1 --work build/train-plain --output benchmarks/documents/checkpoint-plain $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays
 	@rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

@@ -184,7 +184,17 @@ def test_a_plain_training_has_no_guide_and_its_kinds_alone(
     monkeypatch.setattr(train, "QUESTIONS", 4)
     monkeypatch.setattr(documents_model, "Guide", None)  # not to be called
     arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    arguments += ["--steps", "2", "--threads", "1", "--plain", "--kinds", "line"]
+    arguments += [
+        "--steps",
+        "2",
+        "--threads",
+        "1",
+        "--plain",
+        "--dtype",
+        "float32",
+        "--kinds",
+        "line",
+    ]
     assert train.main(arguments) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
