@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="of the decoder's products; a CPU without bfloat16 is 30 times slower in it",
+        help="of the decoder's products; float32 where the CPU has no bfloat16 of its own",
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
