@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.records import RESULTS, Results, read
 
-PARTS = ("attention", "pass", "overhead")
+PARTS = ("attention", "pass", "budgets", "overhead")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +72,11 @@ def run(path: Path, arguments: argparse.Namespace) -> None:
         instructions = [64] if quick else [24, 64, 128, 256, 512]
         retentions = [0.1] if quick else [0.5, 0.1]
         passes(results, visual, instructions, retentions, budget=0.3 if quick else 1.0)
+    if "budgets" in parts:
+        from benchmarks.compression_pass import one_threshold
+
+        instructions, retentions = ([64], [0.1]) if quick else ([24, 64, 128], [0.1, 0.02])
+        one_threshold(results, visual[:2], instructions, retentions, budget=0.3 if quick else 1.0)
     if "overhead" in parts:
         from benchmarks.decode_attention import overhead
 

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.documents.evaluate")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--samples", type=int, default=500, help="questions a kind (default 500)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(all)")
     parser.add_argument("--large", action="store_true", help="pages of 1,024 visual tokens too")
     parser.add_argument("--file", type=Path, default=RESULTS, help="rows go here, replacing it")
     arguments = parser.parse_args(argv)
@@ -67,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.checkpoint / "model.safetensors").is_file():
         parser.error(f"{arguments.checkpoint} holds no model: `make train` writes one")
     oracle = Oracle(arguments.checkpoint)
-    asked: list[tuple[str, Layout | None]] = [(kind, None) for kind in KINDS]
+    asked: list[tuple[str, Layout | None]] = [(kind, None) for kind in arguments.kinds]
     if arguments.large:
-        asked += LARGE.items()
+        asked += [(kind, LARGE[kind]) for kind in arguments.kinds if kind in LARGE]
     rows = []
     for kind, layout in asked:
         started = time.monotonic()

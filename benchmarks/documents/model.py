@@ -324,7 +324,7 @@ def branch_attention(
     scaling: float,
     prefix: int,
     branches: int,
-    guide: Guide,
+    guide: Guide | None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention in a prefix, and of each branch to the prefix and to itself.
@@ -360,7 +360,8 @@ def branch_attention(
     own = logits(own_q.reshape(b, h, branches, group * length, d), own_k)
     above = torch.ones(length, length, dtype=torch.bool).triu(1)
     own = own.view(b, h, branches, group, length, length).masked_fill(above, -torch.inf)
-    shared = guide(shared.view(b, h, branches, group, length, prefix), module.layer_idx)
+    if guide is not None:
+        shared = guide(shared.view(b, h, branches, group, length, prefix), module.layer_idx)
     scores = torch.cat((shared.view(b, h, -1, prefix), own.view(b, h, -1, length)), -1)
     to_prefix, to_own = scores.softmax(-1).to(value.dtype).split((prefix, length), -1)
     second = to_prefix @ v
@@ -377,13 +378,15 @@ def answer_logits(
     *,
     dtype: torch.dtype,
     drop: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, Guide]:
+    guided: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, Guide | None]:
     """(logits [N, vocabulary], targets [N], guide) at the N answer tokens of a batch.
 
-    drop: seed of the visual KV that the answers do not see; None shows all.
+    drop: seed of the visual KV that the answers do not see; None shows all. guided: False for no
+    guide at all, which drops nothing.
     """
     embeddings, positions, visual = embed(model, batch, tokenizer)
-    prefix, guide = len(visual), Guide(batch, visual, drop)
+    prefix, guide = len(visual), Guide(batch, visual, drop) if guided else None
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.model.language_model(
             inputs_embeds=embeddings,

@@ -3,6 +3,7 @@
 
 First the vision tower learns to say which character stands in a cell, as the decoder's embedding
 of that character. Then the decoder learns the questions, on pages that grow as it gets them right.
+`--plain` teaches answers alone: not where to look, and with the whole page in sight.
 """
 
 from __future__ import annotations
@@ -149,10 +150,10 @@ def learning_rates(steps: int, highest: float, decay: float) -> list[float]:
     ]
 
 
-def choose(progress: Progress, generator: Any) -> Layout:
+def choose(progress: Progress, kinds: Sequence[str], generator: Any) -> Layout:
     """A layout for the next batch: kinds that are behind come more often, as do current levels."""
-    behind = np.array([1.2 - mean(progress.recent[kind], 0.5) for kind in KINDS])
-    kind = KINDS[generator.choice(len(KINDS), p=behind / behind.sum())]
+    behind = np.array([1.2 - mean(progress.recent[kind], 0.5) for kind in kinds])
+    kind = kinds[generator.choice(len(kinds), p=behind / behind.sum())]
     level = progress.levels[kind]
     if kind in LARGE and level == len(LADDER[kind]) - 1 and generator.random() < LARGE_PAGES:
         return LARGE[kind]
@@ -172,38 +173,44 @@ def learn_to_answer(
     progress: Progress,
     rates: Sequence[float],
     seed: int,
+    kinds: Sequence[str],
+    plain: bool,
+    dtype: torch.dtype,
     keep: Callable[[], None],
     say: Log,
     stopped: Callable[[], bool],
 ) -> None:
-    """Train the decoder from `progress.step` on, one step for each of `rates`."""
+    """Train the decoder from `progress.step` on, one step for each of `rates`.
+
+    plain: without the loss of `Guide`, and without dropped visual KV.
+    """
     decoder, steps = model.model.language_model, len(rates)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     window: dict[str, collections.deque[tuple[float, float]]] = {
-        kind: collections.deque(maxlen=50) for kind in KINDS
+        kind: collections.deque(maxlen=50) for kind in kinds
     }
     while progress.step < steps and not stopped():
         # Seeded by the step, so that a training that was cut off goes on as if it had not been.
         generator = np.random.default_rng((seed, 2, progress.step))
-        layout = choose(progress, generator)
+        layout = choose(progress, kinds, generator)
         count = max(1, round(TOKENS / (layout.visual_tokens + QUESTIONS * 26)))
         documents = [document(layout, generator, held_out=False) for _ in range(count)]
         questions = min(QUESTIONS, max(6, len(documents[0].asks)))
         batch = make_batch(documents, questions, layout.kind, tokenizer, generator)
         for group in optimizer.param_groups:
             group["lr"] = rates[progress.step]
-        drop = int(generator.integers(2**31))
+        drop = None if plain else int(generator.integers(2**31))
         logits, targets, guide = answer_logits(
-            model, batch, tokenizer, dtype=torch.bfloat16, drop=drop
+            model, batch, tokenizer, dtype=dtype, drop=drop, guided=not plain
         )
         lengths = (batch.targets != IGNORED).sum(-1).flatten()
         # The first token is the hard one: it is found, the others are read on from it.
         weight = torch.ones(len(targets)).index_fill_(0, lengths.cumsum(0) - lengths, FIRST)
         losses = functional.cross_entropy(logits, targets, reduction="none")
         loss = (losses * weight).sum() / weight.sum()
-        grounded = guide.loss()
+        grounded = None if guide is None else guide.loss()
         optimizer.zero_grad()
-        (loss + GROUNDING * grounded).backward()
+        (loss if grounded is None else loss + GROUNDING * grounded).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         right = (logits.argmax(-1) == targets).split(lengths.tolist())
@@ -229,9 +236,9 @@ def learn_to_answer(
                 loss={
                     kind: round(mean([x for x, _ in w], math.nan), 3) for kind, w in window.items()
                 },
-                exact={kind: round(mean(progress.recent[kind], 0.0), 3) for kind in KINDS},
-                grounding=round(grounded.item(), 2),
-                level=dict(progress.levels),
+                exact={kind: round(mean(progress.recent[kind], 0.0), 3) for kind in kinds},
+                **({} if grounded is None else {"grounding": round(grounded.item(), 2)}),
+                level={kind: progress.levels[kind] for kind in kinds},
             )
         if time.monotonic() - saved > SAVE_SECONDS:
             keep()
@@ -287,6 +294,9 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
             progress,
             learning_rates(arguments.steps, arguments.rate, arguments.decay),
             arguments.seed,
+            arguments.kinds,
+            arguments.plain,
+            getattr(torch, arguments.dtype),
             keep,
             log,
             stopped,
@@ -319,6 +329,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
     parser.add_argument(
         "--decay", type=float, default=DECAY, help="share of the steps over which it falls"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(all)")
+    parser.add_argument(
+        "--plain", action="store_true", help="answers alone: no guide, no dropped visual KV"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the decoder's products; float32 where the CPU has no bfloat16 of its own",
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--dataset", choices=names(), default="ours")
     top.add_argument("--path", type=Path, help="folder of a published data set")
     top.add_argument("--samples", type=int, default=100, help="of each kind; 0: all (100)")
+    top.add_argument("--kinds", nargs="+", metavar="KIND", help="of the data set (all)")
     top.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY")
     top.add_argument("--retentions", nargs="+", type=float, metavar="R")
     top.add_argument("--url", help="of a running server; otherwise one is started for the run")
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--concurrency", type=int, default=8)
     top.add_argument("--no-logprobs", action="store_true", help="for servers without logprobs")
     top.add_argument("--file", type=Path, default=RESULTS / "quality.jsonl")
+    top.add_argument("--page", type=Path, help="that `report` writes into (quality.md)")
     return top
 
 
@@ -51,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.action == "report":
-            from benchmarks.quality.report import report
+            from benchmarks.quality.report import PAGE, report
 
-            report(arguments.file)
+            report(arguments.file, arguments.page or PAGE)
             return 0
         return run(arguments, sys.argv[1:] if argv is None else argv)
     except (ValueError, RequestError) as error:
@@ -75,7 +77,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         for name in arguments.grid or ["table1"]
         for setting in grid(name, arguments.policies, arguments.retentions)
     ]
-    samples = load(arguments.dataset, arguments.path, arguments.samples or None)
+    samples = of_kinds(
+        load(arguments.dataset, arguments.path, arguments.samples or None), arguments.kinds
+    )
     with server_url(arguments) as url:
         client = Client(url, logprobs=not arguments.no_logprobs)
         about = provenance() | {
@@ -94,6 +98,15 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if work.failed:
         print(f"error: requests failed: {len(work.failed)}, as {work.failed[0]}", file=sys.stderr)
     return 1 if work.failed else 0
+
+
+def of_kinds(samples: Sequence[Sample], kinds: Sequence[str] | None) -> Sequence[Sample]:
+    """The samples of these kinds; of all for None."""
+    known = dict.fromkeys(sample.kind for sample in samples)
+    for kind in kinds or ():
+        if kind not in known:
+            raise ValueError(f"--kinds must be of {', '.join(known)}, got {kind!r}")
+    return [sample for sample in samples if kinds is None or sample.kind in kinds]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import zlib
 from pathlib import Path
@@ -173,6 +174,33 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
         assert train.main(arguments) == 0
         outputs.append((output / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
+
+
+def test_a_plain_training_has_no_guide_and_its_kinds_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "READING_STEPS", 1)
+    monkeypatch.setattr(train, "TOKENS", 300)
+    monkeypatch.setattr(train, "QUESTIONS", 4)
+    monkeypatch.setattr(documents_model, "Guide", None)  # not to be called
+    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    arguments += [
+        "--steps",
+        "2",
+        "--threads",
+        "1",
+        "--plain",
+        "--dtype",
+        "float32",
+        "--kinds",
+        "line",
+    ]
+    assert train.main(arguments) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    assert "grounding" not in last
+    assert list(last["loss"]) == list(last["exact"]) == list(last["level"]) == ["line"]
 
 
 def test_a_warm_start_from_nowhere_is_refused(

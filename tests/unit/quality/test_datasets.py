@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.documents.questions import KINDS
 from benchmarks.quality import datasets
+from benchmarks.quality.__main__ import of_kinds
 from benchmarks.quality.layouts import LAYOUTS
 from tests.support import datasets as made
 
@@ -152,6 +153,14 @@ def test_what_is_asked_for(tmp_path: Path) -> None:
         datasets.load("mme", None, None)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         datasets.load("mme", tmp_path / "nowhere", None)
+
+
+def test_of_kinds() -> None:
+    samples = datasets.load("ours", None, 2)
+    assert of_kinds(samples, None) == samples
+    assert [s.kind for s in of_kinds(samples, ["line", "value"])] == ["value"] * 2 + ["line"] * 2
+    with pytest.raises(ValueError, match="--kinds must be of value, line, cell, page, got 'lines'"):
+        of_kinds(samples, ["lines"])
 
 
 def test_ours(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.documents.questions import evaluation_set
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.report import BEGIN, END, PAGE, PAPER, report
 from benchmarks.quality.scores import Scores, difference, total
 from benchmarks.quality.settings import (
@@ -222,6 +223,14 @@ def test_what_cannot_be_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have <!-- results: begin -->"):
         report(write(tmp_path / "rows.jsonl", [row(AIR, 0, 1.0)]), tmp_path / "page.md")
     assert BEGIN in PAGE.read_text() and END in PAGE.read_text()
+
+
+def test_the_command_writes_to_the_page_that_it_names(tmp_path: Path) -> None:
+    page, rows = tmp_path / "page.md", write(tmp_path / "rows.jsonl", [row(AIR, 0, 1.0)])
+    page.write_text(f"{BEGIN}\n{END}\n")
+    before = PAGE.read_text()
+    assert main(["report", "--file", str(rows), "--page", str(page)]) == 0
+    assert "1 answers in" in page.read_text() and PAGE.read_text() == before
 
 
 def test_the_papers_figures() -> None:
