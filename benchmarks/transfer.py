@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from aircache_sglang.testing import LoadWatch
+from aircache_sglang.testing import LoadWatch, ServerError
 from benchmarks.records import RESULTS, Results, Row, read
 from benchmarks.report import Cells, table, write
 
@@ -171,7 +171,10 @@ def measure(results: Results, modes: Sequence[str], sizes: Sequence[int]) -> Non
                         throttle(key["gbit"])
                         results.measure(key, partial(handover, pair, prompt(visual)))
                     throttle(None)
-                results.measure(last, partial(held, pair))
+                try:
+                    results.measure(last, partial(held, pair))
+                except ServerError as error:
+                    print(f"left out: {last}: {str(error).partition(chr(10))[0]}", flush=True)
 
 
 def keys_of(keys: Sequence[Row], visual: int) -> list[Row]:

@@ -144,7 +144,7 @@ PRESETS = {
                 *("--disable-radix-cache", "--mamba-ssm-dtype", "float32"),
             ),
             batches=(1, 4),
-            visual=(1024, 4096, 8192),
+            visual=(1024, 4096),
             tokens=97,
             rounds=3,
             side_by_side=True,
