@@ -33,7 +33,7 @@ COMPRESSING_FLAGS = (
     *(*COMMON_FLAGS, "--kv-policy", "aircache", "--aircache-gate", "off"),
     *("--decode-log-interval", "4"),
 )
-SHARED_FLAGS = (*COMPRESSING_FLAGS, "--enable-metrics")
+SHARED_FLAGS = (*COMPRESSING_FLAGS, "--enable-metrics")  # of aircache_server
 
 
 SHARED_SERVERS = {"stock_server", "aircache_server", "serial_server"}
@@ -156,7 +156,7 @@ def aircache_server(checkpoint: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def serial_server(checkpoint: Path) -> Iterator[Server]:
     """A compressing server without overlap scheduling that prefills 128 tokens at a time."""
-    flags = [*SHARED_FLAGS, "--disable-overlap-schedule", "--chunked-prefill-size", "128"]
+    flags = [*COMPRESSING_FLAGS, "--disable-overlap-schedule", "--chunked-prefill-size", "128"]
     with PreloadedServer(checkpoint, flags, env=STRICT_MEMORY_CHECKS) as server:
         STARTED.append(server)
         yield server

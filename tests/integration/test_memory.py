@@ -188,9 +188,12 @@ def test_a_storm_without_overlap_and_without_a_tree(checkpoint: Path) -> None:
         finished = check_outcomes(outcomes)
         assert sum(o.answer["meta_info"]["num_retractions"] for o in finished if o.answer) >= 5
         assert_nothing_is_left(server)
-        for knob, value in (("reuse", "compressed"), ("session_columns", 40)):
+        for knob, overrides in (
+            ("reuse", {"reuse": "compressed"}),
+            ("session_columns", {"reuse": "compressed", "session_columns": 40}),
+        ):
             with pytest.raises(ServerError, match=rf"HTTP 400.*aircache\.{knob} needs a radix"):
-                ask(server, user_prompt(picture(1), "what?"), {knob: value})
+                ask(server, user_prompt(picture(1), "what?"), overrides)
 
 
 class Stream(threading.Thread):
