@@ -325,6 +325,7 @@ _LAYOUTS: dict[str, Layout] = {
     "Qwen3VLMoeForConditionalGeneration": _native,
     "Qwen3_5ForConditionalGeneration": _native,
     "Qwen3_5MoeForConditionalGeneration": _native,
+    "InternS2PreviewForConditionalGeneration": _native,
     "Qwen3OmniMoeForConditionalGeneration": _native,
     "Glm4vForConditionalGeneration": _native,
     "Glm4vMoeForConditionalGeneration": _native,
