@@ -453,6 +453,12 @@ def unsupported_beside_states(
             f"{policy} does not work with {architecture} and --page-size {view.page_size}, as a "
             "recurrent state ends at any token; use --page-size 1 or --disable-radix-cache"
         )
+    # Asserted by SGLang (arg_groups/mamba_hook.py, validate_mamba_no_buffer).
+    if view.attention_backend == "trtllm_mha":
+        yield (
+            f"{policy} does not work with {architecture}, a radix cache and --attention-backend "
+            "trtllm_mha; use another"
+        )
     knob = config.needs_tree()
     if knob is not None:
         yield (

@@ -25,7 +25,7 @@ from sglang.srt.server_args import ServerArgs
 
 from aircache_patches import decode_graphs, resolution, support
 from aircache_patches.server_args import AirCacheServerArgs
-from aircache_sglang.testing.checkpoints import make_qwen2_vl, make_qwen3_vl
+from aircache_sglang.testing.checkpoints import make_qwen2_vl, make_qwen3_5, make_qwen3_vl
 from tests.support.mocked_gpu import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,11 @@ FURTHER = [*range(288, 513, 32), *range(576, 1025, 64)]
 
 NGRAM = ("--speculative-algorithm", "NGRAM")
 SERIAL = ("--disable-overlap-schedule",)
+# A radix cache with recurrent states, and none.
+STATES = ("--mamba-radix-cache-strategy", "no_buffer", *SERIAL)
+NO_TREE = ("--disable-radix-cache",)
+TRTLLM = ("--attention-backend", "trtllm_mha")
+FLASHINFER = ("--attention-backend", "flashinfer")
 
 # Device, model, flags; "stock" has no flag of ours and does not even load the plugin.
 Case = tuple[str, str, tuple[str, ...]]
@@ -76,8 +81,11 @@ OURS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("tiny", ("--disable-cuda-graph-padding",)),
         ("tiny", ("--disable-decode-cuda-graph",)),
         ("tiny", NGRAM),
+        *(("hybrid", flags) for flags in ((), STATES, NO_TREE, (*STATES, *TRTLLM))),
     ],
     "B200": [
+        *(("hybrid", (*flags, *FLASHINFER)) for flags in (STATES, NO_TREE)),
+        *(("hybrid", flags) for flags in (STATES, NO_TREE, (*STATES, *TRTLLM))),
         ("tiny", ("--decode-attention-backend", "triton")),
         ("tiny", ("--attention-backend", "trtllm_mha")),
         ("tiny", ("--prefill-attention-backend", "trtllm_mha")),
@@ -120,6 +128,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "tiny": make_qwen2_vl(folder / "tiny", layers=1),
         "qwen3": make_qwen3_vl(folder / "qwen3"),
+        "hybrid": make_qwen3_5(folder / "hybrid"),
         "7B": seven_billion(folder / "7B", 32768),
         "7B-long": seven_billion(folder / "7B-long", 131072),
     }
@@ -466,3 +475,35 @@ def test_every_variable_exists(variable: str) -> None:
     from sglang.srt.environ import envs
 
     assert getattr(envs, variable).get() is False
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "backend"),
+    [
+        ("H100", STATES, "fa3"),
+        ("H100", NO_TREE, "fa3"),
+        ("B200", STATES, "triton"),
+        ("B200", (*STATES, *FLASHINFER), "flashinfer"),
+        ("B200", (*NO_TREE, *FLASHINFER), "flashinfer"),
+    ],
+)
+def test_a_hybrid_is_served(
+    accepted: Resolve, device: str, flags: tuple[str, ...], backend: str
+) -> None:
+    args = accepted(device, *flags, model="hybrid")
+    assert (args["attention_backend"], args["page_size"]) == (backend, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "sentence"),
+    [
+        ("H100", (), "add --mamba-radix-cache-strategy no_buffer --disable-overlap-schedule, or"),
+        ("H100", (*STATES, *TRTLLM), "radix cache and --attention-backend trtllm_mha; use another"),
+        ("B200", (*STATES, *TRTLLM), "radix cache and --attention-backend trtllm_mha; use another"),
+        ("B200", NO_TREE, "the attention backend trtllm_mha on this cuda device; use --attention"),
+    ],
+)
+def test_a_hybrid_is_refused(
+    refused: Callable[..., str], device: str, flags: tuple[str, ...], sentence: str
+) -> None:
+    assert sentence in refused(device, *flags, model="hybrid")

@@ -178,6 +178,7 @@ BESIDE_STATES: dict[str, Any] = {
     "mamba_radix_cache_strategy": "auto",
     "disable_overlap_schedule": True,
     "page_size": None,
+    "attention_backend": None,
     "speculative_algorithm": None,
     "disaggregation_mode": "null",
     "enable_hierarchical_cache": False,
