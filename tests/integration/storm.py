@@ -223,6 +223,14 @@ def assert_answered(outcomes: Sequence[Outcome]) -> None:
     assert not errors, "\n".join(errors)
 
 
+def assert_equal_reports(*answers: Any) -> None:
+    """Of two answers. Sums of the same numbers are rounded to six digits, and a batch may add them
+    in another order."""
+    reports = [dict(answer["meta_info"].get("aircache") or {}) for answer in answers]
+    masses = [report.pop("visual_mass", 0.0) for report in reports]
+    assert reports[0] == reports[1] and abs(masses[0] - masses[1]) < 2e-6, (reports, masses)
+
+
 def flush(server: Server) -> None:
     """Empty the radix tree, once what was broken off has ended."""
     response = server.request("POST", "/flush_cache?timeout=60")

@@ -33,6 +33,7 @@ from aircache_sglang.testing.prompts import (
 )
 from aircache_sglang.testing.router import Router
 from aircache_sglang.testing.server import free_port
+from tests.integration.storm import assert_equal_reports
 from tests.support.preloaded import PreloadedServer
 
 pytestmark = [
@@ -287,7 +288,7 @@ def check(pair: Pair, single: Server, answers: list[Any], may_fail: set[int]) ->
         if number % 4 == 0:
             alone = ask(single, prompt, overrides, max_new_tokens=length)
             assert answer["output_ids"] == alone["output_ids"][: len(answer["output_ids"])]
-            assert answer["meta_info"]["aircache"] == alone["meta_info"]["aircache"]
+            assert_equal_reports(answer, alone)
     return finished
 
 

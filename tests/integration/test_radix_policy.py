@@ -28,6 +28,7 @@ from aircache_sglang.testing import Server
 from aircache_sglang.testing.oracle import LOGPROB_TOLERANCE, Oracle
 from aircache_sglang.testing.prompts import Prompt, picture, user_prompt, words
 from tests.integration.conftest import COMPRESSING_FLAGS, STRICT_MEMORY_CHECKS
+from tests.integration.storm import assert_equal_reports
 from tests.support.chats import (
     RETENTION,
     cached,
@@ -88,11 +89,7 @@ def assert_equal(answer: Any, reference: Any) -> None:
     ):
         for (left, token, _), (right, expected, _) in zip(one, other, strict=True):
             assert token == expected and abs(left - right) < TOLERANCE
-    reports = [dict(row["meta_info"].get("aircache") or {}) for row in (answer, reference)]
-    mass, expected_mass = (report.pop("visual_mass", None) for report in reports)
-    assert reports[0] == reports[1]
-    # Sums of the same numbers, rounded to six digits; a batch may add them in another order.
-    assert mass == pytest.approx(expected_mass, abs=2e-6)
+    assert_equal_reports(answer, reference)
 
 
 @dataclasses.dataclass
