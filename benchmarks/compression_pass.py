@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +76,29 @@ def in_turns(first: Callable[[], None], second: Callable[[], None], budget: floa
     return {"seconds": medians, "ratio": medians[1] / medians[0], "calls": len(times[0])}
 
 
+Case = tuple[Shape, int, int, float]  # shape, visual and instruction tokens, retention
+
+
+def cases(
+    benchmark: str,
+    shapes: Iterable[Shape],
+    visual: list[int],
+    instructions: list[int],
+    retentions: list[float],
+) -> Iterator[tuple[Row, Case]]:
+    """Each request of a benchmark, with the key of its row."""
+    for case in itertools.product(shapes, visual, instructions, retentions):
+        shape, n_visual, n_text, retention = case
+        key = {
+            "benchmark": benchmark,
+            "shape": shape.name,
+            "visual_tokens": n_visual,
+            "instruction_tokens": n_text,
+            "retention": retention,
+        }
+        yield key, case
+
+
 def one_threshold(
     results: Results,
     visual: list[int],
@@ -82,28 +107,16 @@ def one_threshold(
     budget: float,
 ) -> None:
     """The pass with `--aircache-budget global` beside eq. 11's, on all shapes."""
-    for shape in SHAPES:
-        for n_visual in visual:
-            for n_text in instructions:
-                for retention in retentions:
-                    key = {
-                        "benchmark": "layer budgets",
-                        "shape": shape.name,
-                        "visual_tokens": n_visual,
-                        "instruction_tokens": n_text,
-                        "retention": retention,
-                    }
 
-                    def run(
-                        s: Shape = shape, n: int = n_visual, t: int = n_text, r: float = retention
-                    ) -> Row:
-                        both = [
-                            one_pass(s, n, t, AirCacheConfig(retention=r, budget=name))
-                            for name in ("aircache", "global")
-                        ]
-                        return in_turns(*both, budget=budget)
+    def run(shape: Shape, n_visual: int, n_text: int, retention: float) -> Row:
+        both = [
+            one_pass(shape, n_visual, n_text, AirCacheConfig(retention=retention, budget=name))
+            for name in ("aircache", "global")
+        ]
+        return in_turns(*both, budget=budget)
 
-                    results.measure(key, run)
+    for key, case in cases("layer budgets", SHAPES, visual, instructions, retentions):
+        results.measure(key, partial(run, *case))
 
 
 def passes(
@@ -114,19 +127,9 @@ def passes(
     budget: float,
 ) -> None:
     """The pass over the attention of the throughput benchmark's small model."""
-    for n_visual in visual:
-        for n_text in instructions:
-            for retention in retentions:
-                key = {
-                    "benchmark": "compression pass",
-                    "shape": SHAPES[0].name,
-                    "visual_tokens": n_visual,
-                    "instruction_tokens": n_text,
-                    "retention": retention,
-                }
-                results.measure(
-                    key,
-                    lambda n=n_visual, t=n_text, r=retention: alone(
-                        one_pass(SHAPES[0], n, t, AirCacheConfig(retention=r)), budget
-                    ),
-                )
+
+    def run(shape: Shape, n_visual: int, n_text: int, retention: float) -> Row:
+        return alone(one_pass(shape, n_visual, n_text, AirCacheConfig(retention=retention)), budget)
+
+    for key, case in cases("compression pass", SHAPES[:1], visual, instructions, retentions):
+        results.measure(key, partial(run, *case))

@@ -174,7 +174,8 @@ def measure(results: Results, modes: Sequence[str], sizes: Sequence[int]) -> Non
                 try:
                     results.measure(last, partial(held, pair))
                 except ServerError as error:
-                    print(f"left out: {last}: {str(error).partition(chr(10))[0]}", flush=True)
+                    said = str(error).partition("\n")[0]
+                    print(f"left out: {last}: {said}", flush=True)
 
 
 def keys_of(keys: Sequence[Row], visual: int) -> list[Row]:

@@ -199,7 +199,7 @@ def learn_to_answer(
         batch = make_batch(documents, questions, layout.kind, tokenizer, generator)
         for group in optimizer.param_groups:
             group["lr"] = rates[progress.step]
-        drop = None if plain else int(generator.integers(2**31))
+        drop = int(generator.integers(2**31))
         logits, targets, guide = answer_logits(
             model, batch, tokenizer, dtype=dtype, drop=drop, guided=not plain
         )

@@ -39,14 +39,17 @@ def validate_one_request(result: Any, manager: Any, obj: Any, input_ids: Any) ->
                 f"--disaggregation-mode {mode}"
             )
         knob = config.needs_tree()
-        if get_memory().disable_radix_cache and config.policy != "none" and knob is not None:
-            raise ValueError(
-                f"{REQUEST_KEY}.{knob} needs a radix cache, and this server has "
-                "--disable-radix-cache"
-            )
-        architecture = (manager.model_config.hf_config.architectures or [""])[0]
-        if config.policy != "none" and knob is not None and architecture in HYBRIDS:
-            raise ValueError(f"{REQUEST_KEY}.{knob} does not work with {architecture}, {NO_STATE}")
+        if config.policy != "none" and knob is not None:
+            if get_memory().disable_radix_cache:
+                raise ValueError(
+                    f"{REQUEST_KEY}.{knob} needs a radix cache, and this server has "
+                    "--disable-radix-cache"
+                )
+            architecture = (manager.model_config.hf_config.architectures or [""])[0]
+            if architecture in HYBRIDS:
+                raise ValueError(
+                    f"{REQUEST_KEY}.{knob} does not work with {architecture}, {NO_STATE}"
+                )
 
 
 def update_request_meta_info(

@@ -116,29 +116,41 @@ def assert_nothing_is_left(server: Server) -> None:
     assert loads(server)["num_used_tokens"] == 0
 
 
-def test_a_storm_loses_no_slot_and_no_state(server: Server) -> None:
-    prompts = make_prompts(5, 24)
-    jobs = make_jobs(6, 200, prompts, longest=LONGEST)
+def storm(server: Server, seed: int) -> list[dict[str, Any]]:
+    """What is said of the answers to 200 mixed requests, some broken off, some retracted."""
+    prompts = make_prompts(seed, 24)
+    jobs = make_jobs(seed + 1, 200, prompts, longest=LONGEST)
     outcomes = Storm(server, concurrency=16).run(jobs, waves=2)
     finished = check_outcomes(outcomes, n_layers=2)
     assert fates(finished)["finish"] >= 100
     assert sum(not o.finished for o in outcomes) >= 10, "nothing was broken off"
-    retracted = [
-        o.answer for o in finished if o.answer and o.answer["meta_info"]["num_retractions"]
-    ]
-    assert any(answer["meta_info"]["aircache"] for answer in retracted)
+    metas = [o.answer["meta_info"] for o in finished if o.answer]
+    assert any(meta["num_retractions"] and meta["aircache"] for meta in metas)
     assert_nothing_is_left(server)
+    return metas
+
+
+def many_at_once(
+    server: Server, when: str, max_new_tokens: int
+) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """Six questions about two pictures each, the first picture the same; and their answers."""
+    prompts = [prompt_of(3, seed) for seed in (4, 5, 8, 9, 10, 11)]
+    overrides = {"retention": 0.1, "when": when, "return_selection": True}
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = threads.map(
+            lambda each: ask(server, each, overrides, max_new_tokens=max_new_tokens), prompts
+        )
+        return prompts, list(answers)
+
+
+def test_a_storm_loses_no_slot_and_no_state(server: Server) -> None:
+    storm(server, 5)
 
 
 @pytest.mark.parametrize("when", ["prefill", "pressure"])
 def test_many_at_once_are_as_alone(server: Server, reader: Oracle, when: str) -> None:
     """Chunked, retracted and resumed, packed after the prefill or when slots are short."""
-    prompts = [prompt_of(3, seed) for seed in (4, 5, 8, 9, 10, 11)]
-    overrides = {"retention": 0.1, "when": when, "return_selection": True}
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        answers = list(
-            threads.map(lambda each: ask(server, each, overrides, max_new_tokens=100), prompts)
-        )
+    prompts, answers = many_at_once(server, when, 100)
     packed = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         trace = assert_agrees(reader, prompt, answer)
@@ -232,12 +244,7 @@ def test_nothing_kept_back_equals_stock(caching: Server, hybrid: Path) -> None:
 @pytest.mark.parametrize("when", ["prefill", "pressure"])
 def test_many_at_once_on_few_states(caching: Server, reader: Oracle, when: str) -> None:
     """Hits, retracted and resumed; states and pictures are evicted meanwhile."""
-    prompts = [prompt_of(3, seed) for seed in (4, 5, 8, 9, 10, 11)]
-    overrides = {"retention": 0.1, "when": when, "return_selection": True}
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        answers = list(
-            threads.map(lambda each: ask(caching, each, overrides, max_new_tokens=60), prompts)
-        )
+    prompts, answers = many_at_once(caching, when, 60)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_agrees(reader, prompt, answer)
     assert any(map(cached, answers))
@@ -245,16 +252,8 @@ def test_many_at_once_on_few_states(caching: Server, reader: Oracle, when: str) 
 
 
 def test_a_storm_on_a_tree_loses_no_slot_and_no_state(caching: Server) -> None:
-    prompts = make_prompts(7, 24)
-    jobs = make_jobs(8, 200, prompts, longest=LONGEST)
-    outcomes = Storm(caching, concurrency=16).run(jobs, waves=2)
-    finished = check_outcomes(outcomes, n_layers=2)
-    assert fates(finished)["finish"] >= 100
-    assert sum(not o.finished for o in outcomes) >= 10, "nothing was broken off"
-    metas = [o.answer["meta_info"] for o in finished if o.answer]
-    assert any(meta["num_retractions"] and meta["aircache"] for meta in metas)
+    metas = storm(caching, 7)
     assert sum(meta["cached_tokens"] for meta in metas) > 0
-    assert_nothing_is_left(caching)
     pool = caching.info()["internal_states"][0]["aircache"]["pool"]
     assert (pool["states_free"], pool["states"], pool["free"]) == (24, 0, POOL)
 

@@ -154,13 +154,19 @@ def interrupted(*arguments: Any) -> Any:
     return documents_model.make_batch(*arguments)
 
 
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of seconds."""
+    monkeypatch.setattr(train, "READING_STEPS", 1)
+    monkeypatch.setattr(train, "TOKENS", 300)
+    monkeypatch.setattr(train, "QUESTIONS", 4)
+
+
+@pytest.mark.usefixtures("short_steps")
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after 2 of 4 steps and started again: the same weights as in one go."""
-    monkeypatch.setattr(train, "READING_STEPS", 1)
-    monkeypatch.setattr(train, "TOKENS", 300)
-    monkeypatch.setattr(train, "QUESTIONS", 4)
     outputs = []
     for name in ("whole", "parts"):
         work, output = tmp_path / name, tmp_path / f"{name}-out"
@@ -176,25 +182,14 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.usefixtures("short_steps")
 def test_a_plain_training_has_no_guide_and_its_kinds_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "READING_STEPS", 1)
-    monkeypatch.setattr(train, "TOKENS", 300)
-    monkeypatch.setattr(train, "QUESTIONS", 4)
     monkeypatch.setattr(documents_model, "Guide", None)  # not to be called
     arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    arguments += [
-        "--steps",
-        "2",
-        "--threads",
-        "1",
-        "--plain",
-        "--dtype",
-        "float32",
-        "--kinds",
-        "line",
-    ]
+    arguments += ["--steps", "2", "--threads", "1", "--plain", "--dtype", "float32"]
+    arguments += ["--kinds", "line"]
     assert train.main(arguments) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
