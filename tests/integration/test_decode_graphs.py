@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 PLATFORM = "recorded_graphs"
 SIZES = (1, 2, 4)  # as the platform captures them
 NEW_TOKENS = 4
+TRIES = 5  # a busy machine may prepare requests that were sent at once too late for one step
 
 
 def as_platform(folder: Path) -> dict[str, str]:
@@ -72,6 +74,17 @@ class Graphs:
                 pool.map(lambda a: ask(self.server, a[0], a[1], max_new_tokens=NEW_TOKENS), asked)
             )
         return answers, replays(self.server.log())[before:]
+
+    def ask_until(
+        self, shown: Callable[[list[Replay]], bool], *asked: tuple[list[Any], dict[str, Any]]
+    ) -> Iterator[tuple[list[Any], list[Replay]]]:
+        """Each try's answers and replays; the last is the one whose replays are as wished."""
+        for _ in range(TRIES):
+            answers, done = self.ask(*asked)
+            yield answers, done
+            if shown(done):
+                return
+        pytest.fail(f"{len(asked)} requests sent at once did not share a step in {TRIES} tries")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +133,10 @@ def test_both_variants_of_every_size(graphs: Graphs) -> None:
         assert kernels, variant
 
 
+def all_at_once(n: int, done: list[Replay]) -> bool:
+    return max(replay.rows for replay in done) == n
+
+
 def test_replays(graphs: Graphs, small_oracle: Oracle) -> None:
     """Batches of both kinds in turn, on rows and tables that change: every answer is exact."""
     packed, half, plain = {"retention": 0.1}, {"retention": 0.5}, {"retention": 1.0}
@@ -132,15 +149,15 @@ def test_replays(graphs: Graphs, small_oracle: Oracle) -> None:
         [(ONE, half), (TWO, packed)],
         [(ONE, plain)],
     ):
-        answers, done = graphs.ask(*((prompt, settings | KEEP) for prompt, settings in asked))
-        for (prompt, settings), answer in zip(asked, answers, strict=True):
-            report = answer["meta_info"]["aircache"]
-            assert (report is None) == (settings in (plain, {}))
-            assert_agrees(small_oracle, prompt, answer)
-        # Each step replays something: a token of each answer comes from its prefill.
-        assert sum(replay.rows for replay in done) >= (NEW_TOKENS - 1) * len(asked)
-        assert max(replay.rows for replay in done) == len(asked)
-        seen += done
+        kept = [(prompt, settings | KEEP) for prompt, settings in asked]
+        for answers, done in graphs.ask_until(partial(all_at_once, len(asked)), *kept):
+            for (prompt, settings), answer in zip(asked, answers, strict=True):
+                report = answer["meta_info"]["aircache"]
+                assert (report is None) == (settings in (plain, {}))
+                assert_agrees(small_oracle, prompt, answer)
+            # Each step replays something: a token of each answer comes from its prefill.
+            assert sum(replay.rows for replay in done) >= (NEW_TOKENS - 1) * len(asked)
+            seen += done
     for replay in seen:
         assert replay.size == min(size for size in SIZES if size >= replay.rows), replay
         assert (replay.variant == "aircache") == (replay.packed > 0), replay
@@ -151,12 +168,15 @@ def test_replays(graphs: Graphs, small_oracle: Oracle) -> None:
 def test_more_than_the_largest_size(graphs: Graphs, small_oracle: Oracle) -> None:
     """Five requests decode eagerly; as they end, the rest is replayed again."""
     settings = [{"retention": r} | KEEP for r in (0.1, 0.5, 1.0, 0.1, 0.5)]
-    asked = [(prompt, s) for prompt, s in zip([ONE, TWO, ONE, TWO, ONE], settings, strict=True)]
-    answers, done = graphs.ask(*asked)
-    for (prompt, _), answer in zip(asked, answers, strict=True):
-        assert_agrees(small_oracle, prompt, answer)
-    assert sum(replay.rows for replay in done) < (NEW_TOKENS - 1) * len(asked)
-    assert all(replay.rows <= max(SIZES) for replay in done)
+    asked = list(zip([ONE, TWO, ONE, TWO, ONE], settings, strict=True))
+
+    def some_eagerly(done: list[Replay]) -> bool:
+        return sum(replay.rows for replay in done) < (NEW_TOKENS - 1) * len(asked)
+
+    for answers, done in graphs.ask_until(some_eagerly, *asked):
+        for (prompt, _), answer in zip(asked, answers, strict=True):
+            assert_agrees(small_oracle, prompt, answer)
+        assert all(replay.rows <= max(SIZES) for replay in done)
 
 
 @needs_compiler
