@@ -88,6 +88,21 @@ class Progress:
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lesson:
+    """How the decoder is taught.
+
+    rates: the learning rate of each step; dtype: of the decoder's products; plain: without the
+    loss of `Guide`, and without dropped visual KV.
+    """
+
+    rates: Sequence[float]
+    seed: int
+    kinds: Sequence[str]
+    dtype: torch.dtype
+    plain: bool
+
+
 class Log:
     """A line of JSON in the file and a progress bar on the screen, for each report."""
 
@@ -171,27 +186,21 @@ def learn_to_answer(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    rates: Sequence[float],
-    seed: int,
-    kinds: Sequence[str],
-    plain: bool,
-    dtype: torch.dtype,
+    lesson: Lesson,
     keep: Callable[[], None],
     say: Log,
     stopped: Callable[[], bool],
 ) -> None:
-    """Train the decoder from `progress.step` on, one step for each of `rates`.
-
-    plain: without the loss of `Guide`, and without dropped visual KV.
-    """
-    decoder, steps = model.model.language_model, len(rates)
+    """Train the decoder from `progress.step` on, one step for each of the lesson's rates."""
+    decoder, rates, kinds = model.model.language_model, lesson.rates, lesson.kinds
+    steps = len(rates)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     window: dict[str, collections.deque[tuple[float, float]]] = {
         kind: collections.deque(maxlen=50) for kind in kinds
     }
     while progress.step < steps and not stopped():
         # Seeded by the step, so that a training that was cut off goes on as if it had not been.
-        generator = np.random.default_rng((seed, 2, progress.step))
+        generator = np.random.default_rng((lesson.seed, 2, progress.step))
         layout = choose(progress, kinds, generator)
         count = max(1, round(TOKENS / (layout.visual_tokens + QUESTIONS * 26)))
         documents = [document(layout, generator, held_out=False) for _ in range(count)]
@@ -201,7 +210,7 @@ def learn_to_answer(
             group["lr"] = rates[progress.step]
         drop = int(generator.integers(2**31))
         logits, targets, guide = answer_logits(
-            model, batch, tokenizer, dtype=dtype, drop=drop, guided=not plain
+            model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guided=not lesson.plain
         )
         lengths = (batch.targets != IGNORED).sum(-1).flatten()
         # The first token is the hard one: it is found, the others are read on from it.
@@ -286,21 +295,15 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
 
     if state is None:
         keep()
+    lesson = Lesson(
+        learning_rates(arguments.steps, arguments.rate, arguments.decay),
+        arguments.seed,
+        arguments.kinds,
+        getattr(torch, arguments.dtype),
+        arguments.plain,
+    )
     with stopped_by_signals() as stopped:
-        learn_to_answer(
-            model,
-            tokenizer,
-            optimizer,
-            progress,
-            learning_rates(arguments.steps, arguments.rate, arguments.decay),
-            arguments.seed,
-            arguments.kinds,
-            arguments.plain,
-            getattr(torch, arguments.dtype),
-            keep,
-            log,
-            stopped,
-        )
+        learn_to_answer(model, tokenizer, optimizer, progress, lesson, keep, log, stopped)
     if progress.step == arguments.steps:
         save(model, template, arguments.output)
     return progress
