@@ -29,7 +29,7 @@ from aircache_sglang.policy import (
 )
 from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.kv_planes import absolute_rows
-from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.record import CompressionRecord, Selected
 from aircache_sglang.runtime.rungs import Ladder, cells_of, layers_of, make_ladder
 from aircache_sglang.runtime.stash import Job
 from aircache_sglang.runtime.table import CompressionTable, gap_entries
@@ -125,7 +125,8 @@ class PassInputs:
         on their way to pinned host memory; selected: integers [H_local, L * m] on the device.
         """
         wanted = record.intent.config.return_selection
-        record.packed(budgets, mass, self.heads.gather_heads(selected) if wanted else None)
+        chosen = Selected.of(self.heads.gather_heads(selected)) if wanted else None
+        record.packed(budgets, mass, chosen)
 
 
 class CompressionPass(Protocol):

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from aircache_sglang.runtime.compress import PassInputs, pack
-from aircache_sglang.runtime.record import CompressionRecord
+from aircache_sglang.runtime.record import CompressionRecord, Selected
 from aircache_sglang.runtime.rungs import Ladder, repack
 
 
@@ -36,7 +36,7 @@ def descend(inputs: PassInputs, descent: Descent) -> None:
     record, rung = descent.record, descent.record.rung
     inputs.enter(record, ladder.budgets[rung])
     if record.intent.config.return_selection:
-        record.selected = inputs.heads.gather_heads(ladder.selected(rung))
+        record.selected = Selected.of(inputs.heads.gather_heads(ladder.selected(rung)))
 
 
 def fill(inputs: PassInputs, descent: Descent) -> None:

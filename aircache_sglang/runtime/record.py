@@ -30,6 +30,21 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Selected:
+    """Ordinals of the kept visual tokens in the order of the cells, integers [H_kv, L * m], of all
+    tensor-parallel ranks: for a later turn on the device, and for a report on the host, where they
+    are with the result of the forward that they were launched with."""
+
+    on_device: torch.Tensor
+    on_host: torch.Tensor
+
+    @classmethod
+    def of(cls, ordinals: torch.Tensor) -> Selected:
+        """Sends them to pinned host memory. No host synchronisation."""
+        return cls(ordinals, ordinals.to("cpu", non_blocking=True))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replica:
     """A compressed visual region and the instruction that it was scored with, in the radix tree.
 
@@ -48,7 +63,7 @@ class Replica:
     slots: torch.Tensor
     budgets: torch.Tensor
     mass: torch.Tensor | None
-    selected: torch.Tensor | None
+    selected: Selected | None
     segments: tuple[Segment, ...]
     rest: tuple[int, ...] = ()
 
@@ -92,8 +107,7 @@ class CompressionRecord:
     exact_tail: text beyond the prompt was computed beside the full picture (a retracted request, or
         one that was packed later), and fits neither namespace.
     budgets: integers [L] on the host; mass: float64 [] on the host, see `visual_mass`.
-    selected: integers [H_kv, L * m], ordinals of the kept visual tokens in the order of the cells,
-        of all tensor-parallel ranks; only if the request wants its selection reported.
+    selected: only if the request wants its selection reported.
     surplus: int64, slots that the pass turned out not to need.
     seconds: of the host in the pass; on a GPU that is launching it.
     ladder: what packing it to further rungs needs; None where it is packed once.
@@ -114,7 +128,7 @@ class CompressionRecord:
     released: int = 0
     budgets: torch.Tensor | None = None
     mass: torch.Tensor | None = None
-    selected: torch.Tensor | None = None
+    selected: Selected | None = None
     surplus: torch.Tensor | None = None
     seconds: float = 0.0
     ladder: Ladder | None = None
@@ -168,10 +182,8 @@ class CompressionRecord:
         needed = self.intent.n_extra if m else 0
         self.extra, self.surplus = self.extra[:needed], self.extra[needed:]
 
-    def packed(
-        self, budgets: torch.Tensor, mass: torch.Tensor, selected: torch.Tensor | None
-    ) -> None:
-        """The pass has been launched; budgets and mass may still be on their way to the host."""
+    def packed(self, budgets: torch.Tensor, mass: torch.Tensor, selected: Selected | None) -> None:
+        """The pass has been launched; what goes to the host may still be on its way there."""
         self.budgets, self.mass, self.selected = budgets, mass, selected
 
     def replica(self, text: torch.Tensor, rest: tuple[int, ...] = ()) -> Replica:
@@ -250,7 +262,7 @@ class CompressionRecord:
         if self.selected is not None:
             info["selection"] = [
                 heads.sort(dim=-1).values.tolist()
-                for heads in self.selected.cpu().split(budgets, dim=1)
+                for heads in self.selected.on_host.split(budgets, dim=1)
             ]
         return info
 

@@ -20,7 +20,7 @@ from aircache_sglang.runtime.choice import policy_of
 from aircache_sglang.runtime.compress import PassInputs, copy_cells, judge, keep
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.kv_planes import absolute_rows
-from aircache_sglang.runtime.record import Replica, Segment
+from aircache_sglang.runtime.record import Replica, Segment, Selected
 from aircache_sglang.runtime.rungs import layers_of, nested
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.stash import Job
@@ -139,9 +139,9 @@ def pack_chain(inputs: PassInputs, job: Job, chain: Chain) -> None:
     selected = None
     if config.return_selection:
         assert base.selected is not None, "a replica without its selection was extended"
-        theirs = base.selected.long().index_select(1, cell)
+        theirs = base.selected.on_device.long().index_select(1, cell)
         mine = inputs.heads.gather_heads(ordinal) + base.intent.prompt.n_visual
-        selected = torch.where(is_old, theirs, mine)
+        selected = Selected.of(torch.where(is_old, theirs, mine))
     on_host = kept.budgets.to("cpu", non_blocking=True)
     nothing = Segment(
         chain.gone, len(config.session_rungs()), 0, torch.zeros(n_layers, dtype=torch.int64)

@@ -235,9 +235,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.masked")
     parser.add_argument("--samples", type=int, default=25, help="of each kind (default 25)")
     parser.add_argument("--file", type=Path, default=FILE, help="rows are added, one a sample")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint (our own)")
     arguments = parser.parse_args(argv)
-    oracle = Oracle(CHECKPOINT)
-    results = Results(arguments.file, {"model": "document"})
+    model: Path = arguments.model
+    if not (model / "model.safetensors").is_file():
+        parser.error(f"--model must be a checkpoint folder, got {model}")
+    oracle = Oracle(model)
+    results = Results(
+        arguments.file, {"model": "document" if model == CHECKPOINT else model.resolve().name}
+    )
     heads: Tensor | None = None
     for kind in ASKED:
         for question in evaluation_set(kind, arguments.samples):

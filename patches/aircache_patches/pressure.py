@@ -37,3 +37,5 @@ def launch(scheduler: Any) -> None:
         with scheduler.forward_stream_ctx:
             scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
             pressure.launch()
+        # No forward need follow: what takes these slots next may not be behind one's barrier.
+        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
