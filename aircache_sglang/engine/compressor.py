@@ -13,7 +13,7 @@ import torch
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
-from sglang.srt.runtime_context import get_disagg, get_parallel, get_spec
+from sglang.srt.runtime_context import get_disagg, get_exec, get_memory, get_parallel, get_spec
 
 from aircache_sglang.config import AirCacheConfig
 from aircache_sglang.engine.backend import AttentionState, Work
@@ -69,7 +69,7 @@ class Compressor:
 
     def __init__(self, config: AirCacheConfig, decode: str, model_runner: Any) -> None:
         """decode: `torch`, `triton` or `flashinfer` (a pass in Triton)."""
-        batch_invariant = bool(model_runner.server_args.enable_deterministic_inference)
+        batch_invariant = get_exec().deterministic.enable_deterministic_inference
         pool = attending_pool(model_runner.token_to_kv_pool)
         if not isinstance(pool, LayerContiguousKVPool):
             raise RuntimeError(
@@ -103,7 +103,7 @@ class Compressor:
         self.layout = layout(config, pool, model_runner.model_config.get_total_num_kv_heads())
         self.inputs = inputs = PassInputs(pool.k_all, pool.v_all, self.table, heads, scale)
         self._keeps_replicas = pool is model_runner.token_to_kv_pool
-        self._has_tree = not model_runner.server_args.disable_radix_cache
+        self._has_tree = not get_memory().disable_radix_cache
         # torch_native has no mask for drafts (layers/attention/torch_native_backend.py).
         self._stock_verifies = "torch_native" not in (
             model_runner.prefill_attention_backend_str,
@@ -352,11 +352,11 @@ class Compressor:
         if self.arriving:
             self._enter_arrived([req.kv.req_pool_idx for req in batch.reqs])
         records = [self.records.get(req.kv.req_pool_idx) for req in batch.reqs]
-        if not any(records):
-            return Work()
         beams = batch.req_pool_indices[len(records) :]
         if len(beams):
             self.table.clear(beams)
+        if not any(records):
+            return Work()
         return Work(records=[*records, *[None] * len(beams)])
 
     def _enter_arrived(self, rows: list[int]) -> None:

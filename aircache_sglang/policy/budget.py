@@ -6,12 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aircache_sglang.policy.validation import (
-    one_of,
-    positive_int,
-    tensor_of,
-    validate_retention,
-)
+from aircache_sglang.policy.means import mean
+from aircache_sglang.policy.validation import one_of, positive_int, tensor_of, validate_retention
 
 BUDGET_MODES: tuple[str, ...] = (
     *("aircache", "uniform", "strength", "skewness", "pyramid"),
@@ -39,7 +35,7 @@ def head_mean_statistics(importance: Tensor) -> Tensor:
         float64 [2, L] on the same device. No host sync.
     """
     heads = torch.stack((head_strength(importance), head_skewness(importance)))
-    return heads.mean(dim=2)
+    return mean(heads, 2)
 
 
 def columns(retention: float, n_visual: int) -> int:
@@ -76,9 +72,9 @@ def layer_shares(statistics: Tensor, *, budget: str = "aircache") -> Tensor:
     top = stats.amax(dim=1, keepdim=True)
     # divided by the largest first: neither the mean nor the quotient can overflow or vanish
     scaled = torch.where(top > 0, stats / torch.where(top > 0, top, 1.0), 1.0)
-    normalised = scaled / scaled.mean(dim=1, keepdim=True)
+    normalised = scaled / mean(scaled, 1, keepdim=True)
     if budget == "aircache":
-        return normalised.mean(dim=0)
+        return mean(normalised, 0)
     return normalised[1 if budget == "skewness" else 0]
 
 
@@ -196,7 +192,7 @@ def head_skewness(importance: Tensor) -> Tensor:
         return torch.zeros(importance.shape[:2], dtype=torch.float64, device=importance.device)
     scores = importance.to(torch.float64)
     flat = scores.amax(-1) - scores.amin(-1) <= _FLAT * scores.abs().amax(-1)  # [L, H_kv]
-    centred = scores - scores.mean(dim=-1, keepdim=True)
+    centred = scores - mean(scores, -1, keepdim=True)
     deviation = (centred.square().sum(-1) / (n - 1)).sqrt()
     flat = flat | (deviation == 0)
     cubes = (centred / torch.where(flat, 1.0, deviation).unsqueeze(-1)).pow(3).sum(-1)

@@ -133,11 +133,12 @@ def importance_batched(
             part = (slice(l0, l0 + layers), slice(h0, h0 + heads))
             k_t, k_v = text_keys[part].to(dtype), visual_keys[part].to(dtype)
             for t0 in range(0, n_text, rows):
-                q = queries[part][:, :, :, t0 : t0 + rows].to(dtype) * scale
+                q = queries[part][:, :, :, t0 : t0 + rows].to(dtype)
                 l_, h_, g_, t_, _ = q.shape
                 q = q.reshape(l_, h_, g_ * t_, head_dim)
-                on_visual = torch.matmul(q, k_v)  # [l, h, g * t, N_v]
-                on_text = torch.matmul(q, k_t).view(l_, h_, g_, t_, n_text)
+                # Scaled behind the product, whose 16-bit factors are exact in TF32 as well.
+                on_visual = torch.matmul(q, k_v).mul_(scale)  # [l, h, g * t, N_v]
+                on_text = torch.matmul(q, k_t).mul_(scale).view(l_, h_, g_, t_, n_text)
                 # eq. 6: only elite text keys share the softmax with the visual ones
                 on_text.masked_fill_(~elite_tokens[part], float("-inf"))
                 if unified:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aircache_sglang.policy.means import mean
 from aircache_sglang.policy.validation import tensor_of
 
 
@@ -29,4 +30,4 @@ def visual_mass(importance: Tensor, selected: Tensor, budgets: Tensor) -> Tensor
     carried.index_add_(0, layer, kept)
     total = importance.sum(dim=-1, dtype=torch.float64)
     share = torch.where(total > 0, carried / torch.where(total > 0, total, 1.0), 1.0)
-    return share.clamp(0.0, 1.0).mean()
+    return mean(share.clamp(0.0, 1.0).flatten(), 0)

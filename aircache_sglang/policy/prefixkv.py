@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aircache_sglang.policy.base import States
 from aircache_sglang.policy.h2o import H2O
+from aircache_sglang.policy.means import mean
 from aircache_sglang.policy.registry import register_policy
 
 
@@ -38,7 +39,7 @@ class PrefixKV(H2O):
         total = ranked.sum(dim=-1, keepdim=True)
         n_visual = scores.shape[2]
         share = torch.where(total > 0, ranked / torch.where(total > 0, total, 1.0), 1.0 / n_visual)
-        curve = share.mean(dim=1).cumsum(dim=-1)  # [L, N_v], the Lorenz curve
+        curve = mean(share, 1).cumsum(dim=-1)  # [L, N_v], the Lorenz curve
         return torch.cat((torch.zeros_like(curve[:, :1]), curve[:, :-1]), dim=1).transpose(0, 1)
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:

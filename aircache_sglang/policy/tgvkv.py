@@ -22,6 +22,7 @@ from torch import Tensor
 
 from aircache_sglang.policy.base import Policy, States
 from aircache_sglang.policy.budget import in_proportion
+from aircache_sglang.policy.means import mean
 from aircache_sglang.policy.prompt_attention import (
     accumulated_attention,
     group_mean,
@@ -46,7 +47,7 @@ class TGVKV(Policy):
 
     def statistics(self, states: States, scores: Tensor) -> Tensor:
         """What the instruction gives to the picture, in each layer."""
-        return accumulated_attention(states).double().sum(dim=-1).mean(dim=-1)[None]
+        return mean(accumulated_attention(states).double().sum(dim=-1), -1)[None]
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:
         return in_proportion(statistics[0], n_visual, m)

@@ -19,6 +19,7 @@ from aircache_kernels import (
 )
 from aircache_kernels.validation import MAX_VISUAL
 from aircache_sglang.config import INSTRUCTION_LIMIT, Ablation
+from aircache_sglang.policy.means import mean
 from aircache_sglang.runtime.compress import Judgement, PassInputs, TorchPass, ladder
 from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.stash import Job, joined
@@ -231,7 +232,7 @@ class KernelPass:
     ) -> None:
         """Send what will be reported to the host."""
         host_budgets = budgets.to("cpu", non_blocking=True)
-        mass = self.inputs.heads.mean(masses.mean(dim=(1, 2))).to("cpu", non_blocking=True)
+        mass = self.inputs.heads.mean(mean(masses.flatten(1), 1)).to("cpu", non_blocking=True)
         n_layers, bounds = budgets.shape[1], itertools.pairwise(indptr(group.m))
         for i, (first, last) in enumerate(bounds):
             mine = selected[:, n_layers * first : n_layers * last]

@@ -34,6 +34,7 @@ MOST_TILES = 64  # of a request: stage 2 holds them all in registers
 # Partial results of one launch, where the batch may decide into how many tiles a request is cut.
 _PARTS = 4096
 _FEWEST = 8
+_ROWS = 256  # of one launch, where the batch may not decide
 _PROGRAMS = 4  # of stage 1, a multiprocessor
 
 
@@ -180,9 +181,10 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new query per request over its text and its packed cells in one layer.
 
-    Two launches, no host sync. Row 0 of the tables is uncompressed, so padded rows of a CUDA graph
-    (req_pool_idx 0, seq_len 1) read one slot and give a finite result. Scratch: 4 * bs * most *
-    H_q * (D + 1) bytes of `most_tiles`.
+    Two launches, with `batch_invariant` two for each 256 requests; no host sync. Row 0 of the
+    tables is uncompressed, so padded rows of a CUDA graph (req_pool_idx 0, seq_len 1) read one slot
+    and give a finite result. Scratch of a launch: 4 * bs * most * H_q * (D + 1) bytes of
+    `most_tiles`.
 
     Args:
         q: [bs, H_q, D]; float32, float16 or bfloat16; last dimension contiguous.
@@ -192,9 +194,8 @@ def decode_attention(
         req_pool_indices: int32 or int64 [bs], rows of the tables.
         seq_lens: int32 or int64 [bs], logical lengths, the new token included.
         sm_scale: softmax scale.
-        batch_invariant: a request's result is the same, bit for bit, in every batch; costs scratch
-            in large ones. Without it, it is the same in every batch of up to 64 requests, and in
-            all of one size.
+        batch_invariant: a request's result is the same, bit for bit, in every batch. Without it,
+            it is the same in every batch of up to 64 requests, and in all of one size.
         config: launch shape of stage 1.
     Returns:
         [bs, H_q, D] of q's dtype.
@@ -210,10 +211,18 @@ def decode_attention(
     head_tiles = triton.cdiv(group, block_h)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if batch_invariant and batch > _ROWS:
+        for first in range(0, batch, _ROWS):
+            rows = slice(first, first + _ROWS)
+            out[rows] = decode_attention(
+                q[rows], k_all, v_all, layer, tables, req_pool_indices[rows], seq_lens[rows],
+                sm_scale=sm_scale, batch_invariant=True, config=config,
+            )  # fmt: skip
+        return out
     most = most_tiles(batch, batch_invariant=batch_invariant)
     part_out = torch.empty(batch, most, n_q, head_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch, most, n_q, dtype=torch.float32, device=device)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     programs = min(_PROGRAMS * multiprocessors(device), batch * most * n_kv * head_tiles)
     req_to_token, gap_start, gap_len, cell_offset = tables
     _decode_stage1_kernel[(programs,)](

@@ -24,7 +24,9 @@ from aircache_sglang.engine.backend import (
     Work,
     adopt,
 )
+from aircache_sglang.engine.compressor import Compressor
 from aircache_sglang.runtime.extend import ExtendJob
+from aircache_sglang.runtime.table import CompressionTable
 
 RECORD: Any = object()
 
@@ -402,3 +404,17 @@ def test_shared_reads_of_drafts_of_ours_end_behind_the_replay(spied: Any) -> Non
     with spied.aircache.during(Work(records=[RECORD], verifies=True)):
         assert spied.shared_read_ends(mode) is SharedReadEnds.POST_REPLAY
     assert spied.shared_read_ends(mode) is stock
+
+
+def test_beams_read_no_gap_that_an_earlier_request_left() -> None:
+    """Nor where nothing is packed: with deterministic inference all steps are ours."""
+    table = CompressionTable(torch.zeros(4, 8, dtype=torch.int32), 2)
+    for row in (1, 2):
+        table.set(row, 1, 4, torch.tensor([2, 2]))
+    compressor: Any = SimpleNamespace(arriving={}, records={}, table=table)
+    batch = SimpleNamespace(
+        reqs=[SimpleNamespace(kv=SimpleNamespace(req_pool_idx=3))],
+        req_pool_indices=torch.tensor([3, 2]),
+    )
+    assert Compressor._decode_work(compressor, batch) == Work()
+    assert table.gap_len.tolist() == [0, 4, 0, 0]

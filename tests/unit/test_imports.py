@@ -157,6 +157,12 @@ def test_runtime_and_policy_import_without_sglang() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_engine_reads_resolved_settings() -> None:
+    """`server_args` holds what was asked for; what SGLang made of it is in its runtime context."""
+    files = (ROOT / "aircache_sglang/engine").glob("*.py")
+    assert [file.name for file in files if ".server_args." in file.read_text()] == []
+
+
 def test_no_package_of_ours_hides_hugging_faces_kernels() -> None:
     """SGLang imports `kernels` from site-packages in a `try`: ours would change its attention."""
     program = "import kernels; print(kernels.__file__)"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from aircache_sglang.config import Ablation, AirCacheConfig
+from aircache_sglang.config import POLICIES, Ablation, AirCacheConfig
 from aircache_sglang.runtime import kernel_pass, transfer
 from aircache_sglang.runtime.compress import PassInputs, TorchPass
 from aircache_sglang.runtime.decide import Intent, rungs_of
@@ -25,6 +25,7 @@ from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import Chunk, VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.batch_invariant import batch_invariant
 from tests.unit.kernels.test_package import launches, on_cpu
 
 CPU = torch.device("cpu")
@@ -192,6 +193,39 @@ def test_ladders_agree(configs: tuple[AirCacheConfig, ...], device: torch.device
         torch.testing.assert_close(mine.reported[1], other.reported[1], rtol=0.0, atol=1e-6)
 
 
+@on_cpu
+@pytest.mark.parametrize("policy", POLICIES)
+def test_deterministic_inference(policy: str) -> None:
+    """Neither pass needs what SGLang then replaces, whose float32 products are no longer exact."""
+    config = dataclasses.replace(SAME, policy=policy)
+    ladder = dataclasses.replace(config, when="pressure", rungs=(0.6, 0.3, 0.2))
+    sides = [build([config] * 3, torch.bfloat16) for _ in range(4)]
+    g = torch.Generator().manual_seed(3)
+    sums = [torch.rand(L, H_KV, prompt.n_visual, generator=g) for prompt in PROMPTS]
+    for side in sides:
+        side.jobs[:] = [
+            dataclasses.replace(job, q=job.q.bfloat16(), accumulated=accumulated)
+            for job, accumulated in zip(side.jobs, sums, strict=True)
+        ]
+    plain, changed, kernels, later = sides
+    for job in later.jobs:
+        intent = dataclasses.replace(job.record.intent, config=ladder)
+        job.record.intent = dataclasses.replace(intent, rungs=rungs_of(intent))
+    TorchPass(plain.inputs)(plain.jobs)
+    with batch_invariant():
+        with pytest.raises(AssertionError, match=r"unsupported dtype: torch\.float64"):
+            torch.ones(2, dtype=torch.float64).mean(dim=0)
+        TorchPass(changed.inputs)(changed.jobs)
+        KernelPass(kernels.inputs)(kernels.jobs)
+        KernelPass(later.inputs).rank(later.jobs)
+    for one, *others in zip(*(side.jobs for side in (plain, changed, kernels)), strict=True):
+        for other in others:
+            left, right = one.record.report(), other.record.report()
+            assert left["visual_mass"] == pytest.approx(right["visual_mass"], abs=1e-3)
+            if policy == "aircache":
+                assert left["selection"] == right["selection"]
+
+
 class Work(TorchDispatchMode):
     """Names of the operations that would do work on a device, or wait for it."""
 
@@ -218,7 +252,7 @@ KERNELS = (
 def test_work_of_the_served_pass(
     n_requests: int, n_layers: int, budget: str, n_kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 kernels, one transfer and 5 operations, none of which waits, whatever L and B are.
+    """8 kernels, one transfer and 6 operations, none of which waits, whatever L and B are.
 
     Budgets from one threshold take 2 kernels more.
 
@@ -255,7 +289,7 @@ def test_work_of_the_served_pass(
         run(jobs)
     assert len(seen) == n_kernels
     # Slots of visual, instruction and columns, and of the text between pictures.
-    assert sorted(work.names) == ["cat"] * 4 + ["mean"]
+    assert sorted(work.names) == ["cat"] * 4 + ["div", "sum"]
     assert brought == [torch.int32]
 
 
