@@ -45,6 +45,6 @@ def start(kernels: Kernels, heads: TensorParallelHeads) -> Costs:
         logger.info("aircache: too small a pool to time a pass in; the gate takes %s.", CPU)
         return CPU
     seconds = torch.tensor(measured(kernels, seconds_on_gpu), device=kernels.pool.k_all.device)
-    costs = costs_of(heads.mean(seconds).tolist())
+    costs = costs_of(heads.mean(seconds).tolist(), kernels.least_read)
     logger.info("aircache: the gate takes %s, in reads of a visual token's KV.", costs)
     return costs

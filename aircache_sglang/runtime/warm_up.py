@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -43,6 +43,15 @@ SETTINGS: tuple[dict[str, str], ...] = (
 SMALL, LARGE = 1024, 4096
 TIMED = ((SMALL, 8, 0.1), (LARGE, 8, 0.1), (LARGE, 64, 0.1), (LARGE, 8, 0.5))
 READERS = 8  # requests of the decode step that is timed
+FASTEST = 10e12  # bytes a second; more than any memory has
+QUEUE_CYCLES = 1 << 25  # of the device, 15 to 20 ms: the launches of a decode step take less
+
+
+class Clock(Protocol):
+    """Seconds that a call takes on the device."""
+
+    def __call__(self, run: Callable[[], None], *, queued: bool = False) -> float:
+        """Launching included; where it is queued, the launches wait for none of the host's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +75,17 @@ class Kernels:
     @property
     def layer(self) -> Any:
         """The first layer, as the backend sees it."""
-        return SimpleNamespace(layer_id=self.pool.model_layer_ids[0], scaling=self.scale)
+        return self.layer_of(self.pool.model_layer_ids[0])
+
+    def layer_of(self, layer_id: int) -> Any:
+        """A layer, as the backend sees it."""
+        return SimpleNamespace(layer_id=layer_id, scaling=self.scale)
+
+    @property
+    def least_read(self) -> float:
+        """Seconds in which no device reads the KV of one visual token in all layers."""
+        k_all = self.pool.k_all
+        return 2 * k_all[:, 0].numel() * k_all.element_size() / FASTEST
 
     def queries(self, n: int) -> torch.Tensor:
         """[n, H_q, D] zeros."""
@@ -97,8 +116,8 @@ class Kernels:
         q = self.queries(n_text).expand(self.pool.layer_num, -1, -1, -1).contiguous()
         return Job(record, q)
 
-    def decode(self, rows: Sequence[int], length: int) -> None:
-        """One layer of a step over requests of one length."""
+    def step(self, rows: Sequence[int], length: int, layers: Sequence[int]) -> Callable[[], None]:
+        """Attention of some layers in a decode step over requests of one length, planned."""
         device = self.pool.k_all.device
         lens = torch.full((len(rows),), length, dtype=torch.int64)
         batch = SimpleNamespace(
@@ -107,7 +126,13 @@ class Kernels:
             seq_lens_cpu=lens,
         )
         self.decoder.plan(batch, [None] * len(rows))
-        self.decoder.attend(self.queries(len(rows)), self.layer, batch)
+        q = self.queries(len(rows))
+
+        def attend() -> None:
+            for layer in layers:
+                self.decoder.attend(q, self.layer_of(layer), batch)
+
+        return attend
 
     def verify(self, row: int, length: int) -> None:
         """One layer of a step that verifies a chain of drafts; length: drafts included."""
@@ -131,7 +156,7 @@ def warm_up(kernels: Kernels, batches: Sequence[int]) -> None:
             kernels.compress([job])
         end = job.record.intent.prompt.length
         for size in batches:
-            kernels.decode([row] * size, end)
+            kernels.step([row] * size, end, kernels.pool.model_layer_ids[:1])()
         kernels.extender.plan([ExtendJob(job.record, end - 2, end, slice(0, 2))])
         q = kernels.queries(2)
         kernels.extender.attend(q, torch.empty_like(q), kernels.layer)
@@ -145,10 +170,10 @@ def room_to_measure(kernels: Kernels) -> bool:
     return n_rows > READERS and context > LARGE + 65 and kernels.pool.rows > READERS * LARGE + 1
 
 
-def measured(kernels: Kernels, clock: Callable[[Callable[[], None]], float]) -> list[float]:
+def measured(kernels: Kernels, clock: Clock) -> list[float]:
     """Seconds of the passes of TIMED, then of a read: one visual token's KV in all layers.
 
-    clock: seconds that a call takes on the device.
+    A pass is launched for each prefill, a decode step mostly is replayed by a CUDA graph.
     """
     taken = []
     with kernels.rows(READERS) as rows:
@@ -162,13 +187,13 @@ def measured(kernels: Kernels, clock: Callable[[Callable[[], None]], float]) -> 
             first = 1 + place * LARGE
             slots = torch.arange(first, first + LARGE, device=kernels.pool.k_all.device)
             kernels.table.req_to_token[row, :LARGE] = slots
-        steps = [clock(lambda n=n: kernels.decode(rows, n)) for n in (SMALL, LARGE)]  # type: ignore[misc]
-    read = (steps[1] - steps[0]) / (READERS * (LARGE - SMALL)) * kernels.pool.layer_num
-    return [*taken, read]
+        layers = kernels.pool.model_layer_ids
+        steps = [clock(kernels.step(rows, n, layers), queued=True) for n in (SMALL, LARGE)]
+    return [*taken, (steps[1] - steps[0]) / (READERS * (LARGE - SMALL))]
 
 
-def costs_of(seconds: Sequence[float]) -> Costs:
-    """The costs that `measured` gives, none of them below 0, in reads."""
+def costs_of(seconds: Sequence[float], least_read: float) -> Costs:
+    """The costs that `measured` gives, none of them below 0, in reads of at least `least_read`."""
     small, large, scored, packed, read = seconds
     n_columns = [columns(retention, n) for n, _, retention in TIMED]
     score = (scored - large) / (LARGE * (TIMED[2][1] - TIMED[1][1]))
@@ -176,17 +201,19 @@ def costs_of(seconds: Sequence[float]) -> Costs:
     per_token = score * TIMED[0][1] + pack * (n_columns[1] - n_columns[0]) / (LARGE - SMALL)
     scan = (large - small) / (LARGE - SMALL) - per_token
     fixed = small - SMALL * (scan + score * TIMED[0][1]) - n_columns[0] * pack
-    # A read of no time would make every pass dear.
-    unit = max(read, 1e-12)
+    # A read that was lost in noise would make every pass dear.
+    unit = max(read, least_read)
     return Costs(*(max(0.0, value / unit) for value in (fixed, scan, score, pack)))
 
 
-def seconds_on_gpu(run: Callable[[], None], repeats: int = 5) -> float:
-    """Median seconds of a call, launching included, after one that is not counted."""
+def seconds_on_gpu(run: Callable[[], None], *, queued: bool = False, repeats: int = 5) -> float:
+    """Median seconds of a call after one that is not counted; see `Clock`."""
     run()
     taken = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if queued:
+            torch.cuda._sleep(QUEUE_CYCLES)
         begin.record()
         run()
         end.record()
