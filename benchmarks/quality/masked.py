@@ -15,6 +15,8 @@ of every head: a mask shows what they would answer. The same for what takes a po
 | `sparsemm` | 2506.05344 | SnapKV's votes; heads share by how often they read, a tenth evenly |
 | `tgvkv, means` | 2606.03075 | the authors' product of means over heads; see policy/tgvkv.py |
 | `text a, visual` | table 6 | AirCache over all tokens: text at a, visual tokens as listed |
+| `answer's cells` | | those alone, which no policy can know; up to 5 % of a page |
+| `and one beside` | | the same with the cell on each side |
 
 An answer is right when every token is the likeliest after the right ones before it. `sparsemm`
 needs to know the heads of a model beforehand: 100 pages of the training distribution, on which a
@@ -216,11 +218,25 @@ def answers(oracle: Oracle, question: Question, heads: Tensor) -> Iterator[tuple
         if retention in TABLE_6:
             kept = chosen("tgvkv, means", states, heads, retention)
             yield "tgvkv, means", retention, is_right(kept)
+    every_head = [len(heads[0])] * len(heads)
+    for name, cells in zip(("answer's cells", "and one beside"), where(question), strict=True):
+        yield name, 0.05, is_right([[cells] * n for n in every_head])
     parts, is_visual = of_all_tokens(full), frozenset(full.visual.tolist())
     for text in TABLE_6:
         for visual in TABLE_6:
             kept = mixed(parts[text], parts[visual], is_visual)
             yield f"text {text:.0%}, visual", visual, is_right(kept, unified=True)
+
+
+def where(question: Question) -> tuple[list[int], list[int]]:
+    """Ordinals of the answer's cells; of the same with one on each side. On a page of its own."""
+    (sheet,) = question.sheets
+    rows, width = sheet.shape
+    row = next(i for i, text in enumerate(sheet.text) if question.answer in text)
+    first = row * width + sheet.text[row].index(question.answer)
+    last = first + len(question.answer)
+    beside = range(max(first - 1, 0), min(last + 1, rows * width))
+    return list(range(first, last)), list(beside)
 
 
 def right(

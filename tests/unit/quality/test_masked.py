@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.quality.masked import FILE, by_reading, cells_by_head, mixed, of_heads, report
+from benchmarks.documents.questions import evaluation_set
+from benchmarks.quality.masked import (
+    ASKED,
+    FILE,
+    by_reading,
+    cells_by_head,
+    mixed,
+    of_heads,
+    report,
+    where,
+)
 from benchmarks.records import ROOT
 
 L, H_KV, N_V = 3, 4, 20
@@ -42,6 +54,20 @@ def test_text_of_one_selection_and_pictures_of_another() -> None:
     assert mixed(many, few, frozenset({2, 3})) == [[[0, 1, 2]]]
 
 
-def test_the_page_has_the_table() -> None:
-    table = report(FILE).split("\n\n", 1)[1]
-    assert table.strip() in (ROOT / "docs" / "quality.md").read_text()
+@pytest.mark.parametrize("kind", ASKED)
+def test_where_an_answer_stands(kind: str) -> None:
+    for question in evaluation_set(kind, 20):
+        page = "".join(question.sheets[0].text)
+        cells, beside = where(question)
+        assert "".join(page[i] for i in cells) == question.answer
+        assert set(beside) >= set(cells) and len(beside) in (len(cells) + 1, len(cells) + 2)
+        assert len(beside) <= 0.055 * len(page)
+
+
+@pytest.mark.parametrize(
+    ("rows", "page"),
+    [(FILE, "quality.md"), (FILE.with_name("quality-masked-plain.jsonl"), "quality-plain.md")],
+)
+def test_the_page_has_the_table(rows: Path, page: str) -> None:
+    table = report(rows).split("\n\n", 1)[1]
+    assert table.strip() in (ROOT / "docs" / page).read_text()
