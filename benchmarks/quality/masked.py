@@ -15,8 +15,8 @@ of every head: a mask shows what they would answer. The same for what takes a po
 | `sparsemm` | 2506.05344 | SnapKV's votes; heads share by how often they read, a tenth evenly |
 | `tgvkv, means` | 2606.03075 | the authors' product of means over heads; see policy/tgvkv.py |
 | `text a, visual` | table 6 | AirCache over all tokens: text at a, visual tokens as listed |
-| `answer's cells` | | those alone, which no policy can know; up to 5 % of a page |
-| `and one beside` | | the same with the cell on each side |
+| `answer's cells` | | those alone, which no policy can know; under 5 % of a page |
+| `and one beside` | | the same with the cell on each side, up to 5.5 % |
 
 An answer is right when every token is the likeliest after the right ones before it. `sparsemm`
 needs to know the heads of a model beforehand: 100 pages of the training distribution, on which a

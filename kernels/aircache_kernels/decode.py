@@ -204,6 +204,33 @@ def decode_attention(
     """
     check.attention_of(q, None, k_all, v_all, layer, tables, req_pool_indices, seq_lens)
     scale = check.finite("sm_scale", sm_scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    batch = q.shape[0]
+    step = _ROWS if batch_invariant else batch
+    for first in range(0, batch, step):
+        rows = slice(first, first + step)
+        most = most_tiles(len(out[rows]), batch_invariant=batch_invariant)
+        _attend(
+            q[rows], k_all, v_all, layer, tables, req_pool_indices[rows], seq_lens[rows], scale,
+            most, config, out[rows],
+        )  # fmt: skip
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k_all: Tensor,
+    v_all: Tensor,
+    layer: int,
+    tables: Tables,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    most: int,
+    config: DecodeConfig | None,
+    out: Tensor,
+) -> None:
+    """`decode_attention` of requests that are cut into up to `most` tiles, written to `out`."""
     n_layers, _, n_kv, _ = k_all.shape
     batch, n_q, head_dim = q.shape
     group, device = n_q // n_kv, q.device
@@ -211,16 +238,6 @@ def decode_attention(
     head_tiles = triton.cdiv(group, block_h)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if batch_invariant and batch > _ROWS:
-        for first in range(0, batch, _ROWS):
-            rows = slice(first, first + _ROWS)
-            out[rows] = decode_attention(
-                q[rows], k_all, v_all, layer, tables, req_pool_indices[rows], seq_lens[rows],
-                sm_scale=sm_scale, batch_invariant=True, config=config,
-            )  # fmt: skip
-        return out
-    most = most_tiles(batch, batch_invariant=batch_invariant)
     part_out = torch.empty(batch, most, n_q, head_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch, most, n_q, dtype=torch.float32, device=device)
     programs = min(_PROGRAMS * multiprocessors(device), batch * most * n_kv * head_tiles)
@@ -239,4 +256,3 @@ def decode_attention(
         L=n_layers, H_Q=n_q, HEAD_DIM=head_dim, TILE=TILE, BLOCK_S=power_of_2(most),
         BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-    return out

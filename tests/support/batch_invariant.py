@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -19,11 +20,10 @@ ACCEPTED = (torch.float16, torch.bfloat16, torch.float32)
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, dtype: None = None) -> Tensor:
     assert dtype is None and x.dtype in ACCEPTED, f"unsupported dtype: {x.dtype}"
-    dims = list(dim) or list(range(x.ndim))
-    n = 1
-    for d in dims:
-        n *= x.shape[d]
-    return (x.sum(dim=dims, keepdim=keepdim, dtype=torch.float32) / n).to(x.dtype)
+    assert len(dim) > 0, "the mean of all elements would be their sum"
+    total = x.sum(dim=dim, keepdim=keepdim, dtype=torch.float32)
+    result = total / math.prod(x.shape[d] for d in dim)
+    return result.to(x.dtype) if len(dim) == 1 else result
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

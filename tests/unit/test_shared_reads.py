@@ -6,6 +6,7 @@ The streams are recorded instead of run: a CPU has none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from sglang.srt.model_executor.runner_utils.shared_read_event import (
     maybe_publish_prefill_shared_read_done,
 )
 
+from aircache_patches import pressure
 from aircache_sglang.engine.backend import AttentionState, Work, adopt
 from aircache_sglang.engine.compressor import Compressor
 
@@ -161,3 +163,23 @@ def test_decode_graphs_say_so_after_their_replay() -> None:
     record: Any = torch.empty(0)
     with backend.aircache.during(Work(records=[record])):
         assert backend.shared_read_ends(ForwardMode.DECODE) is SharedReadEnds.POST_REPLAY
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_the_schedule_stream_waits_for_what_is_packed_outside_a_forward(
+    decided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No forward need follow, nor its barrier."""
+    log: list[str] = []
+    packing = SimpleNamespace(
+        pressure=SimpleNamespace(has_decided=lambda: decided, launch=lambda: log.append("packing"))
+    )
+    monkeypatch.setattr(pressure.process, "compressor", lambda: packing)
+    scheduler = SimpleNamespace(
+        forward_stream=Stream("forward", log),
+        schedule_stream=Stream("schedule", log),
+        forward_stream_ctx=contextlib.nullcontext(),
+    )
+    pressure.launch(scheduler)
+    in_order = ["forward waits for all of schedule", "packing", "schedule waits for all of forward"]
+    assert log == (in_order if decided else [])
