@@ -242,7 +242,7 @@ class CompressionRecord:
         }
 
     def report(self) -> dict[str, Any]:
-        """`meta_info["aircache"]`, once the result of the forward with its pass is known. No wait."""
+        """Its `meta_info["aircache"]`, once the result of the forward with the pass is known."""
         assert self.budgets is not None and self.mass is not None, "a report needs a finished pass"
         budgets = self.budgets.tolist()
         info = self._described() | {
