@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 STRICT_MEMORY_CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    # Ranks of one CPU share its memory with whatever else runs: they see different amounts of it.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
 # SGLang's default serves float32 weights in float16.
 COMMON_FLAGS = ("--device", "cpu", "--dtype", "float32", "--enable-cache-report")
