@@ -100,14 +100,26 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One request: images first, then the prompt, in one user message."""
+    """One request: images first, then the prompt, in one user message.
+
+    place: (page, row, first column) of the answer.
+    """
 
     id: str
     kind: str
     prompt: str
     answer: str
     sheets: tuple[Sheet, ...]
+    place: tuple[int, int, int]
     seed: tuple[int, ...]
+
+    @property
+    def cells(self) -> range:
+        """Ordinals of the answer's cells among the visual tokens of all sheets."""
+        page, row, column = self.place
+        rows, width = self.sheets[0].shape
+        first = (page * rows + row) * width + column
+        return range(first, first + len(self.answer))
 
     def images(self) -> list[Image.Image]:
         """The pages, rendered anew; the same pixels each time."""
@@ -275,5 +287,5 @@ def evaluation_set(kind: str, n: int, *, layout: Layout | None = None) -> list[Q
         ask = made.asks[generator.integers(len(made.asks))]
         prompt = wording(kind, ask.slots, generator)
         name = f"{kind}-{layout.visual_tokens}-{index}"
-        questions.append(Question(name, kind, prompt, ask.answer, made.sheets, seed))
+        questions.append(Question(name, kind, prompt, ask.answer, made.sheets, ask.place, seed))
     return questions

@@ -152,16 +152,13 @@ def reading_heads(oracle: Oracle) -> Tensor:
             made = document(layout, generator, held_out=False)
             ask = made.asks[generator.integers(len(made.asks))]
             prompt = wording(kind, ask.slots, generator)
-            question = Question("", kind, prompt, ask.answer, made.sheets, (seed,))
+            question = Question("", kind, prompt, ask.answer, made.sheets, ask.place, (seed,))
             text = text_of(oracle, question) + ask.answer
             inputs = oracle.encode(text, question.images())
             answer = oracle.processor.tokenizer.encode(ask.answer, add_special_tokens=False)
             assert len(answer) == len(ask.answer), "a character is a token"
             trace = oracle.run(inputs, answer[-1:])
-            page, row, column = ask.place
-            first = (page * layout.rows + row) * layout.columns + column
-            evidence = trace.visual[first : first + len(answer)]
-            total = total + hits(trace, len(answer), evidence)
+            total = total + hits(trace, len(answer), trace.visual[list(question.cells)])
     assert isinstance(total, Tensor)
     return total
 
@@ -229,14 +226,10 @@ def answers(oracle: Oracle, question: Question, heads: Tensor) -> Iterator[tuple
 
 
 def where(question: Question) -> tuple[list[int], list[int]]:
-    """Ordinals of the answer's cells; of the same with one on each side. On a page of its own."""
-    (sheet,) = question.sheets
-    rows, width = sheet.shape
-    row = next(i for i, text in enumerate(sheet.text) if question.answer in text)
-    first = row * width + sheet.text[row].index(question.answer)
-    last = first + len(question.answer)
-    beside = range(max(first - 1, 0), min(last + 1, rows * width))
-    return list(range(first, last)), list(beside)
+    """Ordinals of the answer's cells; of the same with one on each side."""
+    cells, n_visual = question.cells, sum(sheet.bold.size for sheet in question.sheets)
+    beside = range(max(cells.start - 1, 0), min(cells.stop + 1, n_visual))
+    return list(cells), list(beside)
 
 
 def right(
@@ -253,13 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=FILE, help="rows are added, one a sample")
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint (our own)")
     arguments = parser.parse_args(argv)
-    model: Path = arguments.model
+    model: Path = arguments.model.resolve()
     if not (model / "model.safetensors").is_file():
         parser.error(f"--model must be a checkpoint folder, got {model}")
     oracle = Oracle(model)
-    results = Results(
-        arguments.file, {"model": "document" if model == CHECKPOINT else model.resolve().name}
-    )
+    name = "document" if model == CHECKPOINT.resolve() else model.name
+    results = Results(arguments.file, {"model": name})
     heads: Tensor | None = None
     for kind in ASKED:
         for question in evaluation_set(kind, arguments.samples):

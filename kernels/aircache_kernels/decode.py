@@ -204,33 +204,6 @@ def decode_attention(
     """
     check.attention_of(q, None, k_all, v_all, layer, tables, req_pool_indices, seq_lens)
     scale = check.finite("sm_scale", sm_scale)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    batch = q.shape[0]
-    step = _ROWS if batch_invariant else batch
-    for first in range(0, batch, step):
-        rows = slice(first, first + step)
-        most = most_tiles(len(out[rows]), batch_invariant=batch_invariant)
-        _attend(
-            q[rows], k_all, v_all, layer, tables, req_pool_indices[rows], seq_lens[rows], scale,
-            most, config, out[rows],
-        )  # fmt: skip
-    return out
-
-
-def _attend(
-    q: Tensor,
-    k_all: Tensor,
-    v_all: Tensor,
-    layer: int,
-    tables: Tables,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    most: int,
-    config: DecodeConfig | None,
-    out: Tensor,
-) -> None:
-    """`decode_attention` of requests that are cut into up to `most` tiles, written to `out`."""
     n_layers, _, n_kv, _ = k_all.shape
     batch, n_q, head_dim = q.shape
     group, device = n_q // n_kv, q.device
@@ -238,21 +211,30 @@ def _attend(
     head_tiles = triton.cdiv(group, block_h)
     block_d = power_of_2(head_dim, 16)
     config = config or default_config(block_h, block_d, q.element_size())
-    part_out = torch.empty(batch, most, n_q, head_dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(batch, most, n_q, dtype=torch.float32, device=device)
-    programs = min(_PROGRAMS * multiprocessors(device), batch * most * n_kv * head_tiles)
+    step = min(batch, _ROWS) if batch_invariant else batch
+    most = most_tiles(step, batch_invariant=batch_invariant)
+    part_out = torch.empty(step, most, n_q, head_dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(step, most, n_q, dtype=torch.float32, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    programs = min(_PROGRAMS * multiprocessors(device), step * most * n_kv * head_tiles)
     req_to_token, gap_start, gap_len, cell_offset = tables
-    _decode_stage1_kernel[(programs,)](
-        q, k_all, v_all, req_to_token, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
-        part_out, part_lse, layer, batch, most,
-        *q.stride()[:2], *k_all.stride()[:3], *v_all.stride()[:3], req_to_token.stride(0), scale,
-        L=n_layers, H_Q=n_q, GROUP=group, HEAD_TILES=head_tiles, HEAD_DIM=head_dim, TILE=TILE,
-        BLOCK_B=power_of_2(batch, 16), BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d,
-        DOT=dot_dtype(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    _decode_stage2_kernel[(batch, n_q)](
-        part_out, part_lse, out, req_pool_indices, seq_lens, gap_start, gap_len, cell_offset,
-        layer, most, *out.stride()[:2],
-        L=n_layers, H_Q=n_q, HEAD_DIM=head_dim, TILE=TILE, BLOCK_S=power_of_2(most),
-        BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
+    whole = (q, req_pool_indices, seq_lens, out)
+    parts = [whole] if step == batch else zip(*(x.split(step) for x in whole), strict=True)
+    for queries, requests, lengths, target in parts:
+        n = len(queries)
+        _decode_stage1_kernel[(programs,)](
+            queries, k_all, v_all, req_to_token, requests, lengths, gap_start, gap_len, cell_offset,
+            part_out, part_lse, layer, n, most,
+            *q.stride()[:2], *k_all.stride()[:3], *v_all.stride()[:3], req_to_token.stride(0),
+            scale,
+            L=n_layers, H_Q=n_q, GROUP=group, HEAD_TILES=head_tiles, HEAD_DIM=head_dim, TILE=TILE,
+            BLOCK_B=power_of_2(n, 16), BLOCK_H=block_h, BLOCK_N=config.block_n, BLOCK_D=block_d,
+            DOT=dot_dtype(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        _decode_stage2_kernel[(n, n_q)](
+            part_out, part_lse, target, requests, lengths, gap_start, gap_len, cell_offset,
+            layer, most, *out.stride()[:2],
+            L=n_layers, H_Q=n_q, HEAD_DIM=head_dim, TILE=TILE, BLOCK_S=power_of_2(most),
+            BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return out
