@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aircache_sglang.testing import Server
-from benchmarks.records import RESULTS, Results, Row, read
+from benchmarks.records import DOCUMENTS, RESULTS, Results, Row, label_with_weights, read
 from benchmarks.report import table, write
 from examples.watch import Client, Conversation, Turn, turns
 
@@ -135,7 +135,7 @@ def measure(path: Path, count: int, of_stock: int) -> None:
     path.unlink(missing_ok=True)
     about = {
         "preset": f"conversation: {count} turns, {of_stock} of stock's",
-        "model": "benchmarks/documents/checkpoint",
+        "model": label_with_weights(DOCUMENTS),
         "flags": " ".join(flags(count)),
         "url": None,
     }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = ROOT / "benchmarks" / "documents" / "checkpoint"  # our model that reads pages
 
 Row = dict[str, Any]
 
@@ -68,6 +70,26 @@ def provenance() -> Row:
         "git": commit(),
         "command": shlex.join(["python", "-m", module(), *sys.argv[1:]]),
     }
+
+
+def label(model: Path) -> str:
+    """A checkpoint of this repository by its path in it, any other by its name."""
+    return str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name
+
+
+def weights(model: Path) -> str | None:
+    """A digest of a local checkpoint's weights; None where they are not at hand."""
+    digest = hashlib.sha256()
+    files = sorted(model.glob("*.safetensors")) if model.is_dir() else []
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12] if files else None
+
+
+def label_with_weights(model: Path) -> str:
+    """Another training's weights are another model."""
+    return f"{label(model)} ({weights(model)})"
 
 
 # What measurements in one file must share; a commit may differ, and is listed.

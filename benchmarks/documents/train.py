@@ -3,6 +3,7 @@
 
 First the vision tower learns to say which character stands in a cell, as the decoder's embedding
 of that character. Then the decoder learns the questions, on pages that grow as it gets them right.
+Where to look is taught as soon as it reads small pages: from nothing on, it learned neither.
 `--plain` teaches answers alone: not where to look, and with the whole page in sight.
 """
 
@@ -93,7 +94,7 @@ class Lesson:
     """How the decoder is taught.
 
     rates: the learning rate of each step; dtype: of the decoder's products; plain: without the
-    loss of `Guide`, and without dropped visual KV.
+    loss of `Guide`, and without dropped visual KV. Both begin once every kind's pages have grown.
     """
 
     rates: Sequence[float]
@@ -209,8 +210,9 @@ def learn_to_answer(
         for group in optimizer.param_groups:
             group["lr"] = rates[progress.step]
         drop = int(generator.integers(2**31))
+        guided = not lesson.plain and all(progress.levels[kind] > 0 for kind in kinds)
         logits, targets, guide = answer_logits(
-            model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guided=not lesson.plain
+            model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guided=guided
         )
         lengths = (batch.targets != IGNORED).sum(-1).flatten()
         # The first token is the hard one: it is found, the others are read on from it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import shlex
 import signal
@@ -19,9 +18,7 @@ from benchmarks.quality.datasets import load, names
 from benchmarks.quality.grid import Ask, Grid, Rows
 from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import GRIDS, POLICIES, PRUNING, Setting, grid
-from benchmarks.records import RESULTS, ROOT, provenance
-
-DOCUMENTS = ROOT / "benchmarks" / "documents" / "checkpoint"
+from benchmarks.records import DOCUMENTS, RESULTS, label, provenance, weights
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,21 +137,6 @@ def answering(client: Client, settings: Sequence[Setting]) -> Ask:
         return (pruner if setting.policy in PRUNING else client).ask(sample, setting)
 
     return ask
-
-
-def label(model: Path) -> str:
-    """A checkpoint of this repository by its path in it, any other by its name."""
-    return str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name
-
-
-def weights(model: Path) -> str | None:
-    """A digest of a local checkpoint's weights; None where they are not at hand."""
-    digest = hashlib.sha256()
-    files = sorted(model.glob("*.safetensors")) if model.is_dir() else []
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:12] if files else None
 
 
 if __name__ == "__main__":

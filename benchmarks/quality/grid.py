@@ -7,6 +7,7 @@ A file is JSON lines: of each run one `{"run": n, ...}` that says what was run w
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import threading
@@ -33,6 +34,9 @@ Ask = Callable[[Sample, Setting], Answer]
 class Rows:
     """A result file, open for one run. Threads may append; a row is on disk when `add` returns.
 
+    Runs may share a file at the same time; they do not see each other's rows, so that each must
+    have samples of its own, as by `--kinds`.
+
     Args:
         run: what this run's rows are under: versions, device, command, `model`, `weights`.
 
@@ -51,8 +55,8 @@ class Rows:
                     f"{path} has answers of {other['model']} ({other['weights']}), not of "
                     f"{run['model']} ({run['weights']}): name another --file"
                 )
-        self._number = 1 + max((other["run"] for other in runs), default=0)
-        self._header: Row | None = {"run": self._number, **run}
+        self._path, self._run = path, run
+        self._number: int | None = None  # until there is a row to go with it
         self._known = {identity(row["key"]) for row in rows}
         self._lock = threading.Lock()
         self._file = path.open("a")
@@ -73,11 +77,20 @@ class Rows:
 
     def add(self, key: Row, row: Row) -> None:
         with self._lock:
-            if self._header is not None:
-                self._write(self._header)
-                self._header = None
+            if self._number is None:
+                self._number = self._begin()
             self._write({"key": key, "run": self._number, **row})
             self._known.add(identity(key))
+
+    def _begin(self) -> int:
+        """Write what this run's rows are under; its number, which no other run of the file has."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            number: int = 1 + max((other["run"] for other in read(self._path)[0]), default=0)
+            self._write({"run": number, **self._run})
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        return number
 
     def _write(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")

@@ -27,7 +27,7 @@ import requests
 from aircache_sglang.testing import Client, Server, ServerError, png_data_url
 from benchmarks.documents.questions import Question, evaluation_set
 from benchmarks.quality.metrics import exact_match
-from benchmarks.records import RESULTS, Results, Row
+from benchmarks.records import DOCUMENTS, RESULTS, Results, Row, label_with_weights
 from benchmarks.throughput.measure import PICTURE
 from benchmarks.throughput.plan import COMMON
 
@@ -89,7 +89,7 @@ class Load:
         """What rows carry of it: those of another load cannot stand in the same file."""
         return {
             "preset": f"load: {self}, kind {KIND}",
-            "model": "benchmarks/documents/checkpoint",
+            "model": label_with_weights(DOCUMENTS),
             "flags": " ".join(self.flags()),
             "url": None,
         }

@@ -198,6 +198,21 @@ def test_a_plain_training_has_no_guide_and_its_kinds_alone(
     assert list(last["loss"]) == list(last["exact"]) == list(last["level"]) == ["line"]
 
 
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize(("advance", "guided"), [(0.0, True), (2.0, False)])
+def test_where_to_look_is_taught_once_the_pages_have_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advance: float, guided: bool
+) -> None:
+    monkeypatch.setattr(train, "ADVANCE", advance)
+    monkeypatch.setattr(train, "WATCHED", 1)
+    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    arguments += ["--steps", "2", "--threads", "1", "--dtype", "float32", "--kinds", "line"]
+    assert train.main(arguments) == 0
+    last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
+    assert ("grounding" in last) is guided
+    assert (last["level"]["line"] > 0) is guided
+
+
 def test_a_warm_start_from_nowhere_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

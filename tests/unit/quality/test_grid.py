@@ -54,6 +54,22 @@ def run(path: Path, server: Any, **options: Any) -> Grid:
     return grid
 
 
+def test_runs_of_one_moment_have_numbers_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with (
+        Rows(path, {**RUN, "command": "a"}) as first,
+        Rows(path, {**RUN, "command": "b"}) as second,
+    ):
+        for number in range(3):
+            first.add({"sample": f"a{number}"}, {})
+            second.add({"sample": f"b{number}"}, {})
+    runs, rows = read(path)
+    command = {row["run"]: row["command"] for row in runs}
+    assert sorted(command.values()) == ["a", "b"]
+    assert Counter(command[row["run"]] for row in rows) == {"a": 3, "b": 3}
+    assert all(row["key"]["sample"][0] == command[row["run"]] for row in rows)
+
+
 def asked_keys(path: Path) -> Counter[str]:
     return Counter(identity(row["key"]) for row in read(path)[1])
 
