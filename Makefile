@@ -71,7 +71,7 @@ bench-parts: ## attention, the compression pass and the overhead of a step, with
 quality: ## what compression does to answers; ARGS="--grid table5", --help
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.quality $(ARGS); "$$python" -m benchmarks.quality report
 
-train: ## train the model that reads pages, about three hours on one core; ARGS=--help
+train: ## train the model that reads pages, about an hour and a half on two cores; ARGS=--help
 	@$(PYTHON); $(OFFLINE) "$$python" -m benchmarks.documents.train $(ARGS)
 
 clean: ## remove .venv and caches of this checkout; the shared base environment stays

@@ -27,7 +27,6 @@ import torch
 from torch.nn import functional
 
 from benchmarks.documents.model import (
-    CHECKPOINT,
     EMBEDDING_STD,
     IGNORED,
     answer_logits,
@@ -49,7 +48,7 @@ READING_RATE = 2e-3
 READING_PAGES = ((4, 4), (4, 4), (4, 4), (4, 4), (16, 16))
 RATE = 1e-3
 WARMUP = 100
-DECAY = 0.25
+DECAY = 0.5
 LARGE_PAGES = 0.2  # share of batches with pages of 1,024 tokens, once a kind's pages are full
 ADVANCE = 0.6  # exact match, of the last batches, at which a kind's pages grow
 WATCHED = 12  # batches
@@ -329,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.documents.train", description=__doc__
     )
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="state of the run")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
     parser.add_argument(
@@ -346,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the decoder's products; float32 where the CPU has no bfloat16 of its own",
     )
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--output", type=Path, default=CHECKPOINT)
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/train/checkpoint"), help="folder of the weights"
+    )
     parser.add_argument(
         "--warm-start", type=Path, help="start from the weights of this checkpoint folder"
     )
