@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aircache_sglang.testing import Server
-from benchmarks.records import DOCUMENTS, RESULTS, Results, Row, label_with_weights, read
+from benchmarks.documents import CHECKPOINT
+from benchmarks.records import RESULTS, Results, Row, model_label, read
 from benchmarks.report import table, write
 from examples.watch import Client, Conversation, Turn, turns
 
@@ -51,8 +52,6 @@ def flags(count: int) -> list[str]:
 
 def run(results: Results, mode: str, count: int, common: Sequence[str]) -> None:
     """All turns of one mode, a row each; common: flags of both servers."""
-    from benchmarks.documents.model import CHECKPOINT  # seconds, which --help need not wait
-
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     sampling = {"max_new_tokens": ANSWER, "temperature": 0.0}
     with Server(CHECKPOINT, [*common, *MODES[mode]], env=env, timeout=1800) as server:
@@ -135,7 +134,7 @@ def measure(path: Path, count: int, of_stock: int) -> None:
     path.unlink(missing_ok=True)
     about = {
         "preset": f"conversation: {count} turns, {of_stock} of stock's",
-        "model": label_with_weights(DOCUMENTS),
+        "model": model_label(CHECKPOINT),
         "flags": " ".join(flags(count)),
         "url": None,
     }

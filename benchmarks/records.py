@@ -18,7 +18,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ROOT / "benchmarks" / "documents" / "checkpoint"  # our model that reads pages
 
 Row = dict[str, Any]
 
@@ -72,9 +71,9 @@ def provenance() -> Row:
     }
 
 
-def label(model: Path) -> str:
-    """A checkpoint of this repository by its path in it, any other by its name."""
-    return str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name
+def path_label(path: Path) -> str:
+    """What lies in this repository by its path in it, anything else by its name."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def weights(model: Path) -> str | None:
@@ -87,9 +86,9 @@ def weights(model: Path) -> str | None:
     return digest.hexdigest()[:12] if files else None
 
 
-def label_with_weights(model: Path) -> str:
+def model_label(model: Path) -> str:
     """Another training's weights are another model."""
-    return f"{label(model)} ({weights(model)})"
+    return f"{path_label(model)} ({weights(model)})"
 
 
 # What measurements in one file must share; a commit may differ, and is listed.

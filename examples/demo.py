@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageDraw
 
 from aircache_sglang.testing import LoadWatch, Server, ServerError
-from benchmarks.documents.model import CHECKPOINT
+from benchmarks.documents import CHECKPOINT
 from benchmarks.documents.pages import CELL
 from examples.page import Invoice, invoice
 

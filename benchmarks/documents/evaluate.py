@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aircache_sglang.testing.oracle import Oracle
-from benchmarks.documents.model import CHECKPOINT
+from benchmarks.documents import CHECKPOINT
 from benchmarks.documents.questions import KINDS, LARGE, Layout, Question, evaluation_set
 from benchmarks.records import provenance
 

@@ -21,7 +21,6 @@ from aircache_sglang.testing.checkpoints.qwen2_vl import IMAGE_MEAN, IMAGE_STD
 from benchmarks.documents.pages import CELL, CHARACTERS, render
 from benchmarks.documents.questions import TEMPLATES, Document, wording
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Both sides of M-RoPE get high frequencies (which cell) and the width low ones (which content).
 SHAPE: dict[str, Any] = {
     "layers": 6,

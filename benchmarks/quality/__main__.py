@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.documents import CHECKPOINT
 from benchmarks.quality.client import Answer, Client, RequestError
 from benchmarks.quality.datasets import load, names
 from benchmarks.quality.grid import Ask, Grid, Rows
 from benchmarks.quality.samples import Sample
 from benchmarks.quality.settings import GRIDS, POLICIES, PRUNING, Setting, grid
-from benchmarks.records import DOCUMENTS, RESULTS, label, provenance, weights
+from benchmarks.records import RESULTS, path_label, provenance, weights
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY")
     top.add_argument("--retentions", nargs="+", type=float, metavar="R")
     top.add_argument("--url", help="of a running server; otherwise one is started for the run")
-    top.add_argument("--model", type=Path, default=DOCUMENTS, help="checkpoint (our own)")
+    top.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint (our own)")
     top.add_argument("--server-flags", default="", help="further flags of the started server")
     top.add_argument("--concurrency", type=int, default=8)
     top.add_argument("--no-logprobs", action="store_true", help="for servers without logprobs")
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         about = provenance() | {
             "command": shlex.join(["python", "-m", "benchmarks.quality", *argv]),
             "time": time.strftime("%FT%TZ", time.gmtime()),
-            "model": label(Path(client.model)),
+            "model": path_label(Path(client.model)),
             "weights": weights(Path(client.model)),
         }
         with Rows(arguments.file, about) as rows:

@@ -47,8 +47,8 @@ from aircache_sglang.policy import (
 from aircache_sglang.policy.prompt_attention import causal_attention, instruction_attention
 from aircache_sglang.policy.tgvkv import text_weights
 from aircache_sglang.testing.oracle import Oracle, Selection, Trace, policy_states
+from benchmarks.documents import CHECKPOINT
 from benchmarks.documents.evaluate import text_of
-from benchmarks.documents.model import CHECKPOINT
 from benchmarks.documents.questions import (
     EVALUATED,
     KINDS,

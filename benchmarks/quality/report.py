@@ -38,7 +38,7 @@ from benchmarks.quality.settings import (
     merged,
     rare,
 )
-from benchmarks.records import ROOT, Row
+from benchmarks.records import ROOT, Row, path_label
 from benchmarks.report import goal, table
 
 PAGE = ROOT / "docs" / "quality.md"
@@ -564,16 +564,11 @@ def header(path: Path, runs: Sequence[Row], rows: Sequence[Row]) -> str:
     names = ("model", "weights", "version", "sglang", "torch", "device", "git", "command")
     used = {row["run"] for row in rows}
     seen = [run for run in runs if run["run"] in used]
-    lines = [f"{len(rows)} answers in `{relative(path)}`.\n"]
+    lines = [f"{len(rows)} answers in `{path_label(path.resolve())}`.\n"]
     for name in names:
         values = "; ".join(dict.fromkeys(str(run[name]) for run in seen))
         lines.append(f"- {name}: {values}")
     return "\n".join(lines) + "\n"
-
-
-def relative(path: Path) -> Path:
-    path = path.resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
 
 
 def sections(path: Path, page: Path) -> Iterator[str]:

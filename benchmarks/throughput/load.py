@@ -25,9 +25,10 @@ import psutil
 import requests
 
 from aircache_sglang.testing import Client, Server, ServerError, png_data_url
+from benchmarks.documents import CHECKPOINT
 from benchmarks.documents.questions import Question, evaluation_set
 from benchmarks.quality.metrics import exact_match
-from benchmarks.records import DOCUMENTS, RESULTS, Results, Row, label_with_weights
+from benchmarks.records import RESULTS, Results, Row, model_label
 from benchmarks.throughput.measure import PICTURE
 from benchmarks.throughput.plan import COMMON
 
@@ -89,7 +90,7 @@ class Load:
         """What rows carry of it: those of another load cannot stand in the same file."""
         return {
             "preset": f"load: {self}, kind {KIND}",
-            "model": label_with_weights(DOCUMENTS),
+            "model": model_label(CHECKPOINT),
             "flags": " ".join(self.flags()),
             "url": None,
         }
@@ -304,8 +305,6 @@ def warm_up(client: Client, bodies: Sequence[Mapping[str, Any]]) -> None:
 @contextlib.contextmanager
 def servers(load: Load, modes: Sequence[str]) -> Iterator[dict[str, Server]]:
     """Of each mode one, side by side."""
-    from benchmarks.documents.model import CHECKPOINT  # seconds, which --help need not wait
-
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aircache-load-"))
         running = {}

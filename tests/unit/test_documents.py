@@ -182,17 +182,22 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     assert outputs[0] == outputs[1]
 
 
+def last_row_of_two_steps(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Of the log of a training on lines alone."""
+    common = ["--work", str(folder / "work"), "--output", str(folder / "out"), "--steps", "2"]
+    common += ["--threads", "1", "--dtype", "float32", "--kinds", "line"]
+    assert train.main([*common, *arguments]) == 0
+    row: dict[str, Any] = json.loads((folder / "work" / "log.jsonl").read_text().splitlines()[-1])
+    return row
+
+
 @pytest.mark.usefixtures("short_steps")
 def test_a_plain_training_has_no_guide_and_its_kinds_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents_model, "Guide", None)  # not to be called
-    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    arguments += ["--steps", "2", "--threads", "1", "--plain", "--dtype", "float32"]
-    arguments += ["--kinds", "line"]
-    assert train.main(arguments) == 0
+    last = last_row_of_two_steps(tmp_path, "--plain")
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2
     assert "grounding" not in last
     assert list(last["loss"]) == list(last["exact"]) == list(last["level"]) == ["line"]
@@ -205,10 +210,7 @@ def test_where_to_look_is_taught_once_the_pages_have_grown(
 ) -> None:
     monkeypatch.setattr(train, "ADVANCE", advance)
     monkeypatch.setattr(train, "WATCHED", 1)
-    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
-    arguments += ["--steps", "2", "--threads", "1", "--dtype", "float32", "--kinds", "line"]
-    assert train.main(arguments) == 0
-    last = json.loads((tmp_path / "work" / "log.jsonl").read_text().splitlines()[-1])
+    last = last_row_of_two_steps(tmp_path)
     assert ("grounding" in last) is guided
     assert (last["level"]["line"] > 0) is guided
 

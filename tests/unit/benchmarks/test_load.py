@@ -105,7 +105,7 @@ def test_the_modes_differ_in_their_flags_alone() -> None:
 def test_the_prompt_is_that_of_the_chat_template() -> None:
     from transformers import AutoTokenizer
 
-    from benchmarks.documents.model import CHECKPOINT
+    from benchmarks.documents import CHECKPOINT
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     question = QUESTIONS[0]
