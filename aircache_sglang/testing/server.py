@@ -332,7 +332,7 @@ class Server(Client):
         trackers: list[psutil.Process] = []
         others: list[psutil.Process] = []
         for process in tree.values():
-            (trackers if _is_resource_tracker(process) else others).append(process)
+            (trackers if is_resource_tracker(process) else others).append(process)
         for process in others:
             _signal(process.terminate)
         _, alive = psutil.wait_procs(others, timeout=grace)
@@ -365,7 +365,8 @@ def _url(image: Image.Image | str) -> str:
     return image if isinstance(image, str) else png_data_url(image)
 
 
-def _is_resource_tracker(process: psutil.Process) -> bool:
+def is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is multiprocessing's, which ends by itself after those it serves."""
     try:
         return any("resource_tracker" in part for part in process.cmdline())
     except psutil.Error:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from aircache_sglang.platform import has_accelerator
@@ -64,4 +65,27 @@ def test_a_start_that_fails(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="the server exited with code 1"):
         server.start()
     assert "aircache: --kv-policy aircache does not work with --kv-canary log" in log.read_text()
+    assert server.pids() == []
+
+
+def test_a_request_that_hangs(forked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = [psutil.Process(pid) for pid in forked.pids()[1:]]
+    monkeypatch.setattr(forked, "timeout", 3.0)
+    for process in children:
+        process.suspend()
+    try:
+        with pytest.raises(ServerError, match=r"POST /generate: [\s\S]*http_server\.py"):
+            forked.generate("a garden", max_new_tokens=1)
+    finally:
+        for process in children:
+            process.resume()
+
+
+def test_a_start_that_hangs(checkpoint: Path) -> None:
+    server = PreloadedServer(checkpoint, SHARED_FLAGS, env=STRICT_MEMORY_CHECKS, timeout=2.0)
+    with (
+        pytest.warns(UserWarning, match="Started once more"),
+        pytest.raises(ServerError, match="not ready after"),
+    ):
+        server.start()
     assert server.pids() == []

@@ -14,6 +14,7 @@ and all that examples and benchmarks start. tests/integration/test_preloaded.py 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -28,20 +29,61 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+import requests
+
 from aircache_sglang.testing import Server, ServerError
+from aircache_sglang.testing.server import is_resource_tracker
 
 ROOT = Path(__file__).parents[2]
 # What SGLang spawns for one rank: a scheduler and a detokenizer. Further children start as usual.
 CHILDREN = 2
+STACKS = signal.SIGUSR1
 
 
 class PreloadedServer(Server):
-    """`Server`, forked; one template serves all servers of one environment and test process."""
+    """`Server`, forked; one template serves all servers of one environment and test process.
+
+    If it hangs, the error shows where all its threads stand. A start that hangs is made once more,
+    with a warning: one of some thousands in CI did, waiting in SGLang's own process for HTTP.
+    """
+
+    def __init__(self, *args: Any, timeout: float = 240.0, **kwargs: Any) -> None:
+        super().__init__(*args, timeout=timeout, **kwargs)
+
+    def request(self, method: str, path: str, json: Any = None) -> requests.Response:
+        try:
+            return super().request(method, path, json)
+        except requests.Timeout as error:
+            raise ServerError(f"{method} {path}: {error}\n{self._stacks()}") from error
+
+    def _wait_until_ready(self, started: float) -> None:
+        try:
+            super()._wait_until_ready(started)
+        except ServerError as error:
+            if not self.is_running():
+                raise
+            warnings.warn(f"{error}\n{self._stacks()}\nStarted once more.", stacklevel=3)
+            self.terminate()
+            self.process = self._launch()
+            super()._wait_until_ready(time.monotonic())
+
+    def _stacks(self) -> str:
+        """The end of the log after each process that forked has written its threads' stacks."""
+        for process in self._tree():
+            try:
+                if not is_resource_tracker(process):
+                    process.send_signal(STACKS)
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(1)
+        return self.log_tail(400)
 
     def _launch(self) -> Fork:
         # pytest names the running test in the environment: it is no reason for another template.
@@ -158,6 +200,7 @@ def serve(flags: list[str], log: str) -> None:
         os.dup2(source, target)
     os.close(null)
     os.close(output)
+    faulthandler.register(STACKS)
     spares: list[socket.socket] = []
     for _ in range(CHILDREN):
         ours, theirs = socket.socketpair()
