@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import shutil
@@ -41,6 +42,15 @@ IGNORED = -100
 GUIDED_FROM = 3  # layer; those below see too little of the question
 KEEP_EVERYTHING = 0.3  # share of the questions whose answers see the whole page
 GUIDED_TOKENS = 5  # <|im_end|> to the end: whatever the wording, the question is known
+# Of a head: (logit of each pair of frequencies that see rows, columns; cells to the left).
+KERNELS: dict[tuple[int, int], tuple[float, float, int]] = {
+    (0, 0): (6.0, 36.0, 1),
+    (0, 1): (6.0, 45.0, 2),
+    (0, 2): (6.0, 50.0, 3),
+    (0, 3): (10.0, 0.0, 0),
+    (1, 0): (10.0, 0.0, 0),
+    (1, 1): (0.0, 20.0, 0),
+}
 
 
 def write_untrained(folder: Path) -> None:
@@ -95,11 +105,11 @@ def hub_weights(model: Qwen2VLForConditionalGeneration) -> dict[str, torch.Tenso
 
 @torch.no_grad()
 def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
-    """First weights; everything is trained from there.
+    """First weights.
 
     The heads of the first layer begin as relative-position kernels (one, two, three cells to the
     left in the same row; the same row), two of the second as the same row and the same column:
-    every question needs these. The others begin as Trockman and Kolter's mimetic heads
+    every question needs these, and `hold_kernels` keeps them. The others begin as Trockman and Kolter's mimetic heads
     (arXiv 2305.09828): what is alike attends to each other, and what is attended to is copied.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -117,15 +127,6 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
     down = slice(section[0], section[0] + section[1])
     right = slice(down.stop, down.stop + 8)
     slow = int((frequency > 0.02).sum())
-    # Of a head: (logit of each of `down`'s pairs, of each of `right`'s, cells to the left).
-    kernels: dict[tuple[int, int], tuple[float, float, int]] = {
-        (0, 0): (6.0, 36.0, 1),
-        (0, 1): (6.0, 45.0, 2),
-        (0, 2): (6.0, 50.0, 3),
-        (0, 3): (10.0, 0.0, 0),
-        (1, 0): (10.0, 0.0, 0),
-        (1, 1): (0.0, 20.0, 0),
-    }
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         # Every sublayer adds less than the embedding holds.
@@ -142,14 +143,17 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
         v = attention.v_proj.weight.view(groups, 2 * half, -1)
         for head in range(heads):
             group = head * groups // heads
-            kernel = kernels.get((index, head))
+            kernel = KERNELS.get((index, head))
+            columns = out[:, head * 2 * half : (head + 1) * 2 * half]
             if kernel is None:
                 # Content is compared where the rotation is slow, so that distance does not matter.
                 q[head] *= 0.3
                 for dims in (slice(slow, half), slice(half + slow, None)):
                     q[head, dims] = 1.5 * k[group, dims]
-                out[:, head * 2 * half : (head + 1) * 2 * half] = 0.2 * v[group].T
+                columns[:] = 0.2 * v[group].T
                 continue
+            # What it brings is as large as what stands in a cell.
+            columns *= 1.7
             # A kernel's keys are nearly the same everywhere.
             q[head] *= 0.1
             k[group].clamp_(-0.003, 0.003)
@@ -160,6 +164,30 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
                 k_bias[group, part] = size
                 q_bias[head, part, 0] = wanted * angle.cos()
                 q_bias[head, half + part.start : half + part.stop, 0] = wanted * angle.sin()
+
+
+def hold_kernels(model: Qwen2VLForConditionalGeneration) -> None:
+    """Keep the heads of KERNELS as `initialise` made them: no gradient reaches them.
+
+    As long as nothing reads what they bring, their gradients are noise that takes it away: the
+    model would then know a key by one character, as it can no longer see the others.
+    """
+    shared = SHAPE["heads"] // SHAPE["kv_heads"]
+    for index, layer in enumerate(model.model.language_model.layers):
+        held = torch.zeros(SHAPE["heads"], dtype=torch.bool)
+        held[[head for at, head in KERNELS if at == index]] = True
+        groups = held.view(-1, shared).all(-1)
+        attention = layer.self_attn
+        for projection, heads in (
+            (attention.q_proj, held),
+            (attention.k_proj, groups),
+            (attention.v_proj, groups),
+        ):
+            learned = (~heads).repeat_interleave(SHAPE["head_dim"]).float()
+            projection.weight.register_hook(functools.partial(torch.mul, learned[:, None]))
+            projection.bias.register_hook(functools.partial(torch.mul, learned))
+        learned = (~held).repeat_interleave(SHAPE["head_dim"]).float()
+        attention.o_proj.weight.register_hook(functools.partial(torch.mul, learned))
 
 
 def patches(pages: np.ndarray) -> torch.Tensor:

@@ -31,6 +31,7 @@ from benchmarks.documents.model import (
     IGNORED,
     answer_logits,
     character_ids,
+    hold_kernels,
     initialise,
     load,
     make_batch,
@@ -273,6 +274,7 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
         initialise(model, arguments.seed)
         learn_to_read(model, tokenizer, READING_STEPS, arguments.seed, log)
     model.model.visual.requires_grad_(False)
+    hold_kernels(model)
     decoder = model.model.language_model
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decoder.parameters() if p.ndim > 1]},

@@ -94,6 +94,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_no_gradient_reaches_the_kernels(checkpoint: Path) -> None:
+    model, tokenizer = documents_model.load(checkpoint)
+    documents_model.initialise(model, 0)
+    documents_model.hold_kernels(model)
+    generator = np.random.default_rng(0)
+    made = [document(Layout("line", 4, 16), generator, held_out=False)]
+    batch = documents_model.make_batch(made, 4, "line", tokenizer, generator)
+    logits, targets, _ = documents_model.answer_logits(model, batch, tokenizer, dtype=torch.float32)
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+    for index, layer in enumerate(model.model.language_model.layers):
+        attention = layer.self_attn
+        of_heads = {
+            "q": attention.q_proj.weight.grad.view(4, 64, -1),
+            "o": attention.o_proj.weight.grad.T.view(4, 64, -1),
+            "q bias": attention.q_proj.bias.grad.view(4, 64),
+        }
+        for name, grads in of_heads.items():
+            for head, grad in enumerate(grads):
+                held = (index, head) in documents_model.KERNELS
+                assert bool(grad.any()) != held, (name, index, head)
+        # Layer 0 has only kernels, layer 1 has them in the first group.
+        for projection in (attention.k_proj, attention.v_proj):
+            for group, grad in enumerate(projection.weight.grad.view(2, 64, -1)):
+                assert bool(grad.any()) != (index == 0 or (index, group) == (1, 0)), (index, group)
+
+
 def test_packed_questions_equal_transformers(checkpoint: Path) -> None:
     """Questions side by side on shared pages give the logits of each alone, by Transformers."""
     model, tokenizer = documents_model.load(checkpoint)
