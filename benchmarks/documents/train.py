@@ -308,7 +308,7 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
     with stopped_by_signals() as stopped:
         learn_to_answer(model, tokenizer, optimizer, progress, lesson, keep, log, stopped)
     if progress.step == arguments.steps:
-        save(model, template, arguments.output)
+        save(model, template, arguments.output or arguments.work / "checkpoint")
     return progress
 
 
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
-        "--output", type=Path, default=Path("build/train/checkpoint"), help="folder of the weights"
+        "--output", type=Path, help="folder of the weights (default: checkpoint in --work)"
     )
     parser.add_argument(
         "--warm-start", type=Path, help="start from the weights of this checkpoint folder"
