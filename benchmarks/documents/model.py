@@ -42,7 +42,7 @@ IGNORED = -100
 GUIDED_FROM = 3  # layer; those below see too little of the question
 KEEP_EVERYTHING = 0.3  # share of the questions whose answers see the whole page
 GUIDED_TOKENS = 5  # <|im_end|> to the end: whatever the wording, the question is known
-# Of a head: (logit of each pair of frequencies that see rows, columns; cells to the left).
+# (layer, head): (logit of each pair of frequencies that see rows, columns; cells to the left).
 KERNELS: dict[tuple[int, int], tuple[float, float, int]] = {
     (0, 0): (6.0, 36.0, 1),
     (0, 1): (6.0, 45.0, 2),
@@ -109,9 +109,9 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
 
     The heads of the first layer begin as relative-position kernels (one, two, three cells to the
     left in the same row; the same row), two of the second as the same row and the same column:
-    every question needs these, and `hold_kernels` keeps them. The others begin as Trockman and
-    Kolter's mimetic heads (arXiv 2305.09828): what is alike attends to each other, and what is
-    attended to is copied.
+    every question needs these, and `Hold` keeps them. The others begin as
+    Trockman and Kolter's mimetic heads (arXiv 2305.09828): what is alike attends to each other, and
+    what is attended to is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = model.model.language_model
@@ -167,28 +167,39 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
                 q_bias[head, half + part.start : half + part.stop, 0] = wanted * angle.sin()
 
 
-def hold_kernels(model: Qwen2VLForConditionalGeneration) -> None:
-    """Keep the heads of KERNELS as `initialise` made them: no gradient reaches them.
+class Hold:
+    """Keeps the heads of KERNELS as `initialise` made them: no gradient reaches them.
 
     As long as nothing reads what they bring, their gradients are noise that takes it away: the
-    model would then know a key by one character, as it can no longer see the others.
+    model would then know a key by one character, as it can no longer see the others. What the
+    second layer's heads look for in a row or a column they must learn, once the rest can use it.
     """
-    shared = SHAPE["heads"] // SHAPE["kv_heads"]
-    for index, layer in enumerate(model.model.language_model.layers):
-        held = torch.zeros(SHAPE["heads"], dtype=torch.bool)
-        held[[head for at, head in KERNELS if at == index]] = True
-        groups = held.view(-1, shared).all(-1)
-        attention = layer.self_attn
-        for projection, heads in (
-            (attention.q_proj, held),
-            (attention.k_proj, groups),
-            (attention.v_proj, groups),
-        ):
-            learned = (~heads).repeat_interleave(SHAPE["head_dim"]).float()
-            projection.weight.register_hook(functools.partial(torch.mul, learned[:, None]))
-            projection.bias.register_hook(functools.partial(torch.mul, learned))
-        learned = (~held).repeat_interleave(SHAPE["head_dim"]).float()
-        attention.o_proj.weight.register_hook(functools.partial(torch.mul, learned))
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
+        self._learned: list[list[torch.Tensor]] = []
+        shared = SHAPE["heads"] // SHAPE["kv_heads"]
+        for index, layer in enumerate(model.model.language_model.layers):
+            held = torch.zeros(SHAPE["heads"], dtype=torch.bool)
+            held[[head for at, head in KERNELS if at == index]] = True
+            attention, groups = layer.self_attn, held.view(-1, shared).all(-1)
+            queries, keys = (
+                (~heads).repeat_interleave(SHAPE["head_dim"]).float() for heads in (held, groups)
+            )
+            self._learned.append([queries, keys])
+            attention.o_proj.weight.register_hook(functools.partial(torch.mul, queries))
+            for projection, learned in (
+                (attention.q_proj, queries),
+                (attention.k_proj, keys),
+                (attention.v_proj, keys),
+            ):
+                projection.weight.register_hook(functools.partial(torch.mul, learned[:, None]))
+                projection.bias.register_hook(functools.partial(torch.mul, learned))
+
+    def release(self) -> None:
+        """Let all layers but the first learn."""
+        for learned in self._learned[1:]:
+            for share in learned:
+                share.fill_(1)
 
 
 def patches(pages: np.ndarray) -> torch.Tensor:

@@ -29,9 +29,9 @@ from torch.nn import functional
 from benchmarks.documents.model import (
     EMBEDDING_STD,
     IGNORED,
+    Hold,
     answer_logits,
     character_ids,
-    hold_kernels,
     initialise,
     load,
     make_batch,
@@ -194,6 +194,7 @@ def learn_to_answer(
 ) -> None:
     """Train the decoder from `progress.step` on, one step for each of the lesson's rates."""
     decoder, rates, kinds = model.model.language_model, lesson.rates, lesson.kinds
+    hold = Hold(model)
     steps = len(rates)
     began, saved = time.monotonic() - progress.seconds, time.monotonic()
     window: dict[str, collections.deque[tuple[float, float]]] = {
@@ -210,7 +211,10 @@ def learn_to_answer(
         for group in optimizer.param_groups:
             group["lr"] = rates[progress.step]
         drop = int(generator.integers(2**31))
-        guided = not lesson.plain and all(progress.levels[kind] > 0 for kind in kinds)
+        grown = all(progress.levels[kind] > 0 for kind in kinds)
+        if grown:
+            hold.release()
+        guided = grown and not lesson.plain
         logits, targets, guide = answer_logits(
             model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guided=guided
         )
@@ -274,7 +278,6 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
         initialise(model, arguments.seed)
         learn_to_read(model, tokenizer, READING_STEPS, arguments.seed, log)
     model.model.visual.requires_grad_(False)
-    hold_kernels(model)
     decoder = model.model.language_model
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decoder.parameters() if p.ndim > 1]},

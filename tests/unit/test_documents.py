@@ -17,6 +17,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from benchmarks.documents import model as documents_model
 from benchmarks.documents import train
+from benchmarks.documents.model import SHAPE
 from benchmarks.documents.pages import CELL, CHARACTERS, render
 from benchmarks.documents.questions import (
     EVALUATED,
@@ -94,30 +95,37 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_gradient_reaches_the_kernels(checkpoint: Path) -> None:
+def heads_with_gradients(model: Any, parameter: str) -> set[tuple[int, int]]:
+    """(layer, head) that a backward pass reaches in a projection of the attention."""
+    found = set()
+    for index, layer in enumerate(model.model.language_model.layers):
+        grad = layer.self_attn.get_parameter(parameter).grad
+        grads = (grad.T if parameter == "o_proj.weight" else grad).split(SHAPE["head_dim"])
+        found |= {(index, head) for head, each in enumerate(grads) if each.any()}
+    return found
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_no_gradient_reaches_a_kernel_that_is_held(checkpoint: Path, released: bool) -> None:
     model, tokenizer = documents_model.load(checkpoint)
     documents_model.initialise(model, 0)
-    documents_model.hold_kernels(model)
+    hold = documents_model.Hold(model)
+    if released:
+        hold.release()
     generator = np.random.default_rng(0)
     made = [document(Layout("line", 4, 16), generator, held_out=False)]
     batch = documents_model.make_batch(made, 4, "line", tokenizer, generator)
     logits, targets, _ = documents_model.answer_logits(model, batch, tokenizer, dtype=torch.float32)
     torch.nn.functional.cross_entropy(logits, targets).backward()
-    for index, layer in enumerate(model.model.language_model.layers):
-        attention = layer.self_attn
-        of_heads = {
-            "q": attention.q_proj.weight.grad.view(4, 64, -1),
-            "o": attention.o_proj.weight.grad.T.view(4, 64, -1),
-            "q bias": attention.q_proj.bias.grad.view(4, 64),
-        }
-        for name, grads in of_heads.items():
-            for head, grad in enumerate(grads):
-                held = (index, head) in documents_model.KERNELS
-                assert bool(grad.any()) != held, (name, index, head)
-        # Layer 0 has only kernels, layer 1 has them in the first group.
-        for projection in (attention.k_proj, attention.v_proj):
-            for group, grad in enumerate(projection.weight.grad.view(2, 64, -1)):
-                assert bool(grad.any()) != (index == 0 or (index, group) == (1, 0)), (index, group)
+    everything = {(layer, head) for layer in range(SHAPE["layers"]) for head in range(4)}
+    kernels = {at for at in documents_model.KERNELS if at[0] == 0 or not released}
+    for parameter in ("q_proj.weight", "q_proj.bias", "o_proj.weight"):
+        assert heads_with_gradients(model, parameter) == everything - kernels
+    # Of the second layer, both heads of the first group are kernels.
+    groups = {at for at in everything if at[1] < SHAPE["kv_heads"]}
+    held = {(0, 0), (0, 1)} if released else {(0, 0), (0, 1), (1, 0)}
+    for parameter in ("k_proj.weight", "v_proj.weight", "v_proj.bias"):
+        assert heads_with_gradients(model, parameter) == groups - held
 
 
 def test_packed_questions_equal_transformers(checkpoint: Path) -> None:
