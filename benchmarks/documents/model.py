@@ -109,9 +109,9 @@ def initialise(model: Qwen2VLForConditionalGeneration, seed: int) -> None:
 
     The heads of the first layer begin as relative-position kernels (one, two, three cells to the
     left in the same row; the same row), two of the second as the same row and the same column:
-    every question needs these, and `Hold` keeps them. The others begin as
-    Trockman and Kolter's mimetic heads (arXiv 2305.09828): what is alike attends to each other, and
-    what is attended to is copied.
+    every question needs these, and `Hold` keeps them. The others begin as Trockman and Kolter's
+    mimetic heads (arXiv 2305.09828): what is alike attends to each other, and what is attended to
+    is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = model.model.language_model

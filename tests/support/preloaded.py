@@ -51,7 +51,7 @@ class PreloadedServer(Server):
     """`Server`, forked; one template serves all servers of one environment and test process.
 
     If it hangs, the error shows where all its threads stand. A start that hangs is made once more,
-    with a warning: one of some thousands in CI did, waiting in SGLang's own process for HTTP.
+    with a warning: one in CI did (LLaVA-NeXT, /health unanswered), and its cause is not known.
     """
 
     def __init__(self, *args: Any, timeout: float = 240.0, **kwargs: Any) -> None:
