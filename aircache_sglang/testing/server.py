@@ -334,14 +334,14 @@ class Server(Client):
         for process in tree.values():
             (trackers if is_resource_tracker(process) else others).append(process)
         for process in others:
-            _signal(process.terminate)
+            unless_gone(process.terminate)
         _, alive = psutil.wait_procs(others, timeout=grace)
         for process in alive:
-            _signal(process.kill)
+            unless_gone(process.kill)
         # Trackers unlink the dead processes' semaphores, then end by themselves.
         _, alive = psutil.wait_procs([*alive, *trackers], timeout=10)
         for process in {*alive, *self._orphans()}:
-            _signal(process.kill)
+            unless_gone(process.kill)
         self.process.wait(10)
         self._session.close()
 
@@ -373,7 +373,8 @@ def is_resource_tracker(process: psutil.Process) -> bool:
         return False
 
 
-def _signal(send: Any) -> None:
+def unless_gone(send: Any) -> None:
+    """Call a method of a process that may have ended meanwhile."""
     try:
         send()
     except psutil.NoSuchProcess:

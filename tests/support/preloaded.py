@@ -35,11 +35,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import requests
 
 from aircache_sglang.testing import Server, ServerError
-from aircache_sglang.testing.server import is_resource_tracker
+from aircache_sglang.testing.server import is_resource_tracker, unless_gone
 
 ROOT = Path(__file__).parents[2]
 # What SGLang spawns for one rank: a scheduler and a detokenizer. Further children start as usual.
@@ -77,11 +76,8 @@ class PreloadedServer(Server):
     def _stacks(self) -> str:
         """The end of the log after each process that forked has written its threads' stacks."""
         for process in self._tree():
-            try:
-                if not is_resource_tracker(process):
-                    process.send_signal(STACKS)
-            except psutil.NoSuchProcess:
-                continue
+            if not is_resource_tracker(process):
+                unless_gone(functools.partial(process.send_signal, STACKS))
         time.sleep(1)
         return self.log_tail(400)
 
