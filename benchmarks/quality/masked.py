@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selections that no server packs, on the document model, by a mask in Transformers.
 
-    python -m benchmarks.quality.masked --samples 25
+    python -m benchmarks.quality.masked
 
 Budgets of their own for the KV heads of a layer do not fit into columns, which hold as many cells
 of every head: a mask shows what they would answer. The same for what takes a policy apart.
@@ -57,6 +57,7 @@ from benchmarks.documents.questions import (
     evaluation_set,
     wording,
 )
+from benchmarks.quality.scores import bootstrap
 from benchmarks.records import RESULTS, Results, read
 from benchmarks.report import table
 
@@ -242,7 +243,7 @@ def right(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.masked")
-    parser.add_argument("--samples", type=int, default=25, help="of each kind (default 25)")
+    parser.add_argument("--samples", type=int, default=100, help="of each kind (default 100)")
     parser.add_argument("--file", type=Path, default=FILE, help="rows are added, one a sample")
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint (our own)")
     arguments = parser.parse_args(argv)
@@ -271,19 +272,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(path: Path) -> str:
-    """Right answers in per cent, by method and retention."""
+    """Right answers in per cent, by method and retention; then the same less AirCache's."""
     rows = [row["right"] for row in read(path)]
-    lines = []
-    for method in rows[0]:
-        shares = [
-            f"{100 * np.mean([row[method][str(r)] for row in rows]):.1f}"
-            if str(r) in rows[0][method]
-            else "-"
-            for r in (1.0, *RETENTIONS)
-        ]
-        lines.append([method, *shares])
-    head = ["100 %", *(f"{100 * r:g} %" for r in RETENTIONS)]
-    return f"{len(rows)} samples\n\n{table(['right', *head], lines)}"
+    shares = (1.0, *RETENTIONS)
+    rates, less = [], []
+    for method, asked in rows[0].items():
+        found = {r: [100 * row[method][str(r)] for row in rows] for r in shares if str(r) in asked}
+        rates.append([method, *(f"{np.mean(found[r]):.1f}" if r in found else "-" for r in shares)])
+        if method not in ("full cache", "aircache"):
+            gaps = {
+                r: [
+                    one - 100 * row["aircache"][str(r)] for one, row in zip(ones, rows, strict=True)
+                ]
+                for r, ones in found.items()
+            }
+            less.append([method, *(gap(gaps[r]) if r in gaps else "-" for r in RETENTIONS)])
+    head = [f"{100 * r:g} %" for r in shares]
+    return (
+        f"{len(rows)} samples\n\n{table(['right', *head], rates)}\n"
+        "Less AirCache's, in points, with the 95 % interval of a paired bootstrap:\n\n"
+        f"{table(['less aircache', *head[1:]], less)}"
+    )
+
+
+def gap(points: Sequence[float]) -> str:
+    """A mean difference and its interval; "0" where no answer differs."""
+    if not any(points):
+        return "0"
+    low, high = bootstrap(points)
+    return f"{np.mean(points):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.quality.masked import (
     report,
     where,
 )
-from benchmarks.records import ROOT
+from benchmarks.records import ROOT, Results
 
 L, H_KV, N_V = 3, 4, 20
 
@@ -62,6 +63,21 @@ def test_where_an_answer_stands(kind: str) -> None:
         assert "".join(page[i] for i in cells) == question.answer
         assert set(beside) >= set(cells) and len(beside) in (len(cells) + 1, len(cells) + 2)
         assert len(beside) <= 0.055 * len(page)
+
+
+def test_the_report_compares_in_pairs(tmp_path: Path) -> None:
+    """Both methods are right once; only pairs say that they part on both samples."""
+    results = Results(tmp_path / "rows.jsonl", {"model": "none"})
+    for sample, ours in enumerate((True, False)):
+        right = {
+            "full cache": {"1.0": True},
+            "aircache": {"0.1": ours, "0.05": ours},
+            "other": {"0.1": not ours, "0.05": ours},
+        }
+        results.measure({"sample": str(sample)}, partial(dict, right=right))
+    lines = report(tmp_path / "rows.jsonl").splitlines()
+    assert "| other | - | - | 50.0 | 50.0 | - | - |" in lines
+    assert "| other | - | +0.0 (-100.0 to +100.0) | 0 | - | - |" in lines
 
 
 @pytest.mark.parametrize(
