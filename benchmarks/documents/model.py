@@ -39,7 +39,7 @@ SHAPE: dict[str, Any] = {
 }
 EMBEDDING_STD = 0.1
 IGNORED = -100
-GUIDED_FROM = 3  # layer; those below see too little of the question
+GUIDED_FROM = 4  # layer; the one below is where a key is found, as long as the second is held
 KEEP_EVERYTHING = 0.3  # share of the questions whose answers see the whole page
 GUIDED_TOKENS = 5  # <|im_end|> to the end: whatever the wording, the question is known
 # (layer, head): (logit of each pair of frequencies that see rows, columns; cells to the left).
@@ -311,11 +311,14 @@ class Guide:
     that no policy that watches the instruction could know what the answer will read. Two things
     change that, both blind to policies: `loss` draws the attention of the prompt's last tokens to
     where the answer stands, and answers are learned with visual KV dropped at random, the answer's
-    own cells excepted (below layer GUIDED_FROM: not excepted).
+    own cells excepted (below the guided layers: not excepted).
     """
 
-    def __init__(self, batch: Batch, visual: torch.Tensor, seed: int | None) -> None:
-        """seed: of what is dropped; None drops nothing."""
+    def __init__(
+        self, batch: Batch, visual: torch.Tensor, seed: int | None, first: int = GUIDED_FROM
+    ) -> None:
+        """seed: of what is dropped; None drops nothing. first: the lowest guided layer."""
+        self._first = first
         last = (batch.targets != IGNORED).int().argmax(-1)  # [B, Q], the prompt's last token
         self._rows = last[:, :, None] - torch.arange(GUIDED_TOKENS)
         self._visual = visual.nonzero().view(-1)
@@ -335,7 +338,7 @@ class Guide:
     def __call__(self, logits: torch.Tensor, layer: int) -> torch.Tensor:
         """Logits [B, H_kv, Q, group, T, prefix] of a layer, -inf where an answer sees nothing."""
         b, h, q, _, _, prefix = logits.shape
-        if layer >= GUIDED_FROM:
+        if layer >= self._first:
             # One query head of each KV group; the others look where they need to.
             index = self._rows[:, None, :, :, None].expand(b, h, q, GUIDED_TOKENS, prefix)
             cells = logits[:, :, :, 0].gather(3, index)[..., self._visual].log_softmax(-1)
@@ -344,7 +347,7 @@ class Guide:
             return logits
         kept = torch.rand((b, h, q, prefix), generator=self._random) < self._keep
         kept |= self._text
-        if layer >= GUIDED_FROM:
+        if layer >= self._first:
             kept |= self._evidence[:, None]
         return logits.masked_fill(self._answers & ~kept[:, :, :, None, None], -torch.inf)
 
@@ -417,15 +420,16 @@ def answer_logits(
     *,
     dtype: torch.dtype,
     drop: int | None = None,
-    guided: bool = True,
+    guide_from: int | None = GUIDED_FROM,
 ) -> tuple[torch.Tensor, torch.Tensor, Guide | None]:
     """(logits [N, vocabulary], targets [N], guide) at the N answer tokens of a batch.
 
-    drop: seed of the visual KV that the answers do not see; None shows all. guided: False for no
-    guide at all, which drops nothing.
+    drop: seed of the visual KV that the answers do not see; None shows all. guide_from: the lowest
+    guided layer; None for no guide at all, which drops nothing.
     """
     embeddings, positions, visual = embed(model, batch, tokenizer)
-    prefix, guide = len(visual), Guide(batch, visual, drop) if guided else None
+    guide = None if guide_from is None else Guide(batch, visual, drop, guide_from)
+    prefix = len(visual)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.model.language_model(
             inputs_embeds=embeddings,

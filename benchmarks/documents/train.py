@@ -28,7 +28,9 @@ from torch.nn import functional
 
 from benchmarks.documents.model import (
     EMBEDDING_STD,
+    GUIDED_FROM,
     IGNORED,
+    SHAPE,
     Hold,
     answer_logits,
     character_ids,
@@ -93,15 +95,15 @@ class Progress:
 class Lesson:
     """How the decoder is taught.
 
-    rates: the learning rate of each step; dtype: of the decoder's products; plain: without the
-    loss of `Guide`, and without dropped visual KV. Both begin once every kind's pages have grown.
+    rates: the learning rate of each step; dtype: of the decoder's products; guide_from: the lowest
+    layer of `Guide`, which begins once every kind's pages have grown; None: no guide.
     """
 
     rates: Sequence[float]
     seed: int
     kinds: Sequence[str]
     dtype: torch.dtype
-    plain: bool
+    guide_from: int | None
 
 
 class Log:
@@ -214,9 +216,9 @@ def learn_to_answer(
         grown = all(progress.levels[kind] > 0 for kind in kinds)
         if grown:
             hold.release()
-        guided = grown and not lesson.plain
+        guide_from = lesson.guide_from if grown else None
         logits, targets, guide = answer_logits(
-            model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guided=guided
+            model, batch, tokenizer, dtype=lesson.dtype, drop=drop, guide_from=guide_from
         )
         lengths = (batch.targets != IGNORED).sum(-1).flatten()
         # The first token is the hard one: it is found, the others are read on from it.
@@ -306,7 +308,7 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
         arguments.seed,
         arguments.kinds,
         getattr(torch, arguments.dtype),
-        arguments.plain,
+        None if arguments.plain else arguments.guide_from,
     )
     with stopped_by_signals() as stopped:
         learn_to_answer(model, tokenizer, optimizer, progress, lesson, keep, log, stopped)
@@ -342,6 +344,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(all)")
     parser.add_argument(
         "--plain", action="store_true", help="answers alone: no guide, no dropped visual KV"
+    )
+    parser.add_argument(
+        "--guide-from",
+        type=int,
+        default=GUIDED_FROM,
+        choices=range(SHAPE["layers"]),
+        metavar="LAYER",
+        help="the lowest layer that is taught where to look (default %(default)s)",
     )
     parser.add_argument(
         "--dtype",

@@ -249,6 +249,26 @@ def test_where_to_look_is_taught_once_the_pages_have_grown(
     assert (last["level"]["line"] > 0) is guided
 
 
+@pytest.mark.usefixtures("short_steps")
+def test_the_guide_begins_at_the_layer_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guided: set[tuple[int, bool]] = set()
+
+    class Watched(documents_model.Guide):
+        def __call__(self, logits: torch.Tensor, layer: int) -> torch.Tensor:
+            before = len(self._losses)
+            seen = super().__call__(logits, layer)
+            guided.add((layer, len(self._losses) > before))
+            return seen
+
+    monkeypatch.setattr(documents_model, "Guide", Watched)
+    monkeypatch.setattr(train, "ADVANCE", 0.0)
+    monkeypatch.setattr(train, "WATCHED", 1)
+    last_row_of_two_steps(tmp_path, "--guide-from", "2")
+    assert guided == {(layer, layer >= 2) for layer in range(6)}
+
+
 def test_a_warm_start_from_nowhere_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
