@@ -54,6 +54,7 @@ _SERVER_ONLY = ("pin_text", "rungs", "shadow", "guard")
 _KNOBS = {
     "budget": ("aircache",),
     "window": ("aircache", *_VOTERS),
+    "ablation.floor": ("aircache",),
     "ablation.kernel": tuple(_VOTERS),
     "ablation.seed": ("random",),
     "ablation.sinks": ("streaming",),
@@ -145,6 +146,8 @@ class Ablation:
         count goes on at the first.
     seed: of policy `random`. kernel: width of the pool of `snapkv`, `pyramidkv`, `mixkv`, odd.
     sinks: of policy `streaming`.
+    floor: share of the columns that budget `global` spreads evenly over the layers; the threshold
+        splits the rest.
     audience: what may be evicted, `visual` tokens or `all` of the prompt (paper table 6).
     """
 
@@ -155,6 +158,7 @@ class Ablation:
     seed: int = 0
     kernel: int = 7
     sinks: int = 4
+    floor: float = 0.0
     audience: str = "visual"
 
     def changed(self, name: str, changes: Any) -> Ablation:
@@ -171,6 +175,7 @@ class Ablation:
             seed=_check_count(f"{name}.seed", new.seed, 0),
             kernel=_check_odd(f"{name}.kernel", new.kernel),
             sinks=_check_count(f"{name}.sinks", new.sinks, 0),
+            floor=_check_share(f"{name}.floor", new.floor, zero_allowed=True),
             audience=_check_choice(f"{name}.audience", new.audience, AUDIENCES),
         )
 
@@ -446,6 +451,10 @@ class AirCacheConfig:
             )
         if "ablation.merge_by" in names and self.ablation.merge == 0:
             raise ValueError(f"{prefix}ablation.merge_by is read with merge above 0 alone")
+        if "ablation.floor" in names and self.budget != "global":
+            raise ValueError(
+                f"{prefix}ablation.floor is read with budget global alone, got {self.budget}"
+            )
         if "min_visual_mass" in names and "retention" in names and self.min_visual_mass is not None:
             raise ValueError(
                 f"{REQUEST_KEY}.min_visual_mass chooses the retention; drop {REQUEST_KEY}.retention"

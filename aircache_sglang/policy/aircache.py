@@ -17,7 +17,13 @@ from aircache_sglang.policy.budget import (
 from aircache_sglang.policy.importance import DEFAULT_WINDOW, ELITE_MODES, importance_batched
 from aircache_sglang.policy.prompt_attention import visual_window_attention
 from aircache_sglang.policy.registry import register_policy
-from aircache_sglang.policy.validation import natural, one_of, positive_int, validate_alpha
+from aircache_sglang.policy.validation import (
+    natural,
+    number_in,
+    one_of,
+    positive_int,
+    validate_alpha,
+)
 
 
 @register_policy
@@ -31,6 +37,7 @@ class AirCache(Policy):
         budget: one of BUDGET_MODES; see `layer_shares`.
         window: at most so many last instruction tokens are looked at.
         visual: if above 0, the window is so many last visual tokens instead (table 5).
+        floor: of budget "global", the share of the columns that all layers get alike, in [0, 1].
     """
 
     name: ClassVar[str] = "aircache"
@@ -40,6 +47,7 @@ class AirCache(Policy):
     budget: str = "aircache"
     window: int = DEFAULT_WINDOW
     visual: int = 0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         validate_alpha(self.alpha)
@@ -47,6 +55,9 @@ class AirCache(Policy):
         one_of("budget", self.budget, BUDGET_MODES)
         positive_int("window", self.window)
         natural("visual", self.visual)
+        number_in("floor", self.floor, 0.0, 1.0, open_low=False)
+        if self.floor and not self.global_budgets:
+            raise ValueError(f"floor is of budget global, got budget {self.budget}")
 
     @property
     def visual_window(self) -> int:
@@ -76,4 +87,7 @@ class AirCache(Policy):
         return head_mean_statistics(scores)
 
     def budgets(self, statistics: Tensor, n_visual: int, m: int) -> Tensor:
+        if self.floor:
+            even = statistics.mean(dim=-1, keepdim=True)
+            statistics = (1 - self.floor) * statistics + self.floor * even
         return layer_budgets_from_statistics(statistics, n_visual, m, budget=self.budget)

@@ -22,6 +22,8 @@ def policy_of(config: AirCacheConfig) -> Policy:
             "budget": config.budget,
             "window": window or config.scoring_window()[0],
             "visual": visual,
+            # What a request inherits may be another budget's.
+            "floor": ablation.floor if config.budget == "global" else 0.0,
         },
         **dict.fromkeys(("snapkv", "pyramidkv", "mixkv"), pooled),
         "random": {"seed": ablation.seed},

@@ -20,6 +20,7 @@ from benchmarks.quality.settings import (
     ALPHAS,
     AUDIENCES,
     BUDGETS,
+    FLOORS,
     FULL,
     LOW,
     MERGED,
@@ -37,6 +38,7 @@ from benchmarks.quality.settings import (
     current,
     merged,
     rare,
+    with_floor,
 )
 from benchmarks.records import ROOT, Row, path_label
 from benchmarks.report import goal, table
@@ -277,6 +279,10 @@ def ablation_tables(scores: Scores) -> Iterator[str]:
         (
             *("Layer budgets (table 5)", "table5", "budget "),
             settings(ALL_BUDGETS, lambda b, r: Setting.of("aircache", r, budget=b)),
+        ),
+        (
+            *("Even share under budgets from one threshold", "", ""),
+            settings([f"{f:g}" for f in FLOORS], lambda f, r: with_floor(float(f), r)),
         ),
         (
             *("Share merged instead of dropped (table 11)", "table11", ""),

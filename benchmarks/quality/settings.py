@@ -23,6 +23,7 @@ WINDOWS = ("last-16", "last-32", "all", "visual-32", "elite")  # the paper's
 SHORT_WINDOWS = ("last-1", "last-5")
 BUDGETS = ("uniform", "pyramid", "strength", "skewness", "aircache")  # the paper's
 ALL_BUDGETS = (*BUDGETS, "global")
+FLOORS = (0.0, 0.1, 0.25, 0.5)
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 RANKED = ("h2o", "elastic", "snapkv", "aircache")  # whose ranks figure 4 compares
 ONE_TOKEN = 1e-6  # a share of any picture that is one token a layer
@@ -93,7 +94,10 @@ def rare(**knobs: Any) -> dict[str, Any]:
 
     A rank stays, 0 too: it is of figure 4 alone.
     """
-    default = {"merge": 0.0, "selection": "per-head", "kernel": 7, "audience": "visual"}
+    default = {
+        **{"merge": 0.0, "selection": "per-head", "kernel": 7},
+        **{"audience": "visual", "floor": 0.0},
+    }
     kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
 
@@ -101,6 +105,11 @@ def rare(**knobs: Any) -> dict[str, Any]:
 def merged(share: float, retention: float, by: str = "position") -> Setting:
     """AirCache with a share of the dropped tokens merged."""
     return Setting.of("aircache", retention, **(rare(merge=share, merge_by=by) if share else {}))
+
+
+def with_floor(floor: float, retention: float) -> Setting:
+    """AirCache with budgets from one threshold above an even share."""
+    return Setting.of("aircache", retention, budget="global", **rare(floor=floor))
 
 
 def current(setting: dict[str, Any]) -> bool:
@@ -171,6 +180,8 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
     if name == "budget":
         shares = retentions or RETENTIONS[1:]
         return full + [Setting.of("aircache", r, budget=b) for r in shares for b in ALL_BUDGETS]
+    if name == "floor":
+        return full + [with_floor(f, r) for r in retentions or RETENTIONS for f in FLOORS]
     if name == "table13":
         return full + [
             Setting.of("aircache", r, budget=b)
@@ -195,6 +206,7 @@ GRIDS = {
     "similar": "table 11 with the most similar kept keys",
     "table12": "the relevance threshold alpha",
     "budget": "layer budgets, the paper's and from one threshold",
+    "floor": "budgets from one threshold, a share of the columns spread evenly",
     "table13": "how far the layer budgets lie apart",
     "figure4": "one visual token a layer, by its rank",
     "pooling": "SnapKV with and without its pool",

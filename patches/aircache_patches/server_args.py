@@ -132,7 +132,7 @@ class AirCacheServerArgs(ServerArgs):
     aircache_ablation: A[
         str,
         "Knobs for experiments, a JSON object: selection (per-head, shared), merge (0 to 1), "
-        "merge_by (position, similar), audience (visual, all), rank, seed, kernel, sinks.",
+        "merge_by (position, similar), audience (visual, all), rank, seed, kernel, sinks, floor.",
         NS("memory"),
     ] = "{}"
 

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "visual window": {"window": "visual-32"},
     "pyramid": {"budget": "pyramid"},
     "global": {"budget": "global"},
+    "global, half of it even": {"budget": "global", "ablation": {"floor": 0.5}},
     "shared selection": {"ablation": {"selection": "shared"}},
     "text too": {"ablation": {"audience": "all"}},
     "text too, last-16": {"window": "last-16", "ablation": {"audience": "all"}},

@@ -199,6 +199,7 @@ BAD_ABLATIONS: list[tuple[Any, str]] = [
     ({"seed": True}, r"\.seed must be an integer >= 0, got True"),
     ({"kernel": 4}, r"\.kernel must be an odd integer >= 1, got 4"),
     ({"sinks": 0.5}, r"\.sinks must be an integer >= 0, got 0\.5"),
+    ({"floor": 1.5}, r"\.floor must be a number with 0 <= x <= 1, got 1\.5"),
     ({"audience": "text"}, r"\.audience must be one of visual, all, got 'text'"),
     ([1], r" must be an object, got \[1\]"),
 ]
@@ -390,6 +391,27 @@ def test_a_turned_knob_is_read_or_refused(policy: str, name: str) -> None:
     served = AirCacheConfig.from_server_args(flags)
     assert settings_of(asked) == settings_of(served)
     assert settings_of(asked) != settings_of(plain), f"{policy} does nothing with {name}"
+
+
+@pytest.mark.parametrize("budget", BUDGET_MODES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_even_share_is_of_budgets_from_one_threshold(policy: str, budget: str) -> None:
+    changes = {"policy": policy, "ablation": {"floor": 0.25}}
+    if policy == "aircache":
+        changes["budget"] = budget
+    flags = server_args(budget=budget if policy == "aircache" else "aircache")
+    flags.kv_policy, flags.aircache_ablation = policy, json.dumps({"floor": 0.25})
+    if (policy, budget) == ("aircache", "global"):
+        served = AirCacheConfig.from_server_args(flags)
+        assert settings_of(served) != settings_of(AirCacheConfig(budget="global"))
+        # Another budget inherits it in vain, and is served as without.
+        other = served.with_overrides({"aircache": {"budget": "uniform"}})
+        assert settings_of(other) == settings_of(AirCacheConfig(budget="uniform"))
+        return
+    with pytest.raises(ValueError, match=r"ablation\.floor is"):
+        AirCacheConfig().with_overrides({"aircache": changes})
+    with pytest.raises(ValueError, match=r"--aircache-ablation\.floor is"):
+        AirCacheConfig.from_server_args(flags)
 
 
 def test_what_a_request_inherits_is_no_fault_of_its_own() -> None:

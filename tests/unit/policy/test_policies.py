@@ -142,6 +142,7 @@ POLICIES = [
     ("aircache", {"visual": 4}),
     ("aircache", {"budget": "pyramid"}),
     ("aircache", {"budget": "global"}),
+    ("aircache", {"budget": "global", "floor": 0.25}),
     ("snapkv", {"window": 3, "kernel": 1}),
     ("random", {"seed": 5}),
     ("streaming", {"sinks": 0}),

@@ -16,6 +16,7 @@ from torch import Tensor
 from aircache_sglang.policy import (
     BUDGET_MODES,
     columns,
+    get_policy,
     global_counts,
     layer_budgets,
     layer_budgets_from_statistics,
@@ -190,3 +191,26 @@ def test_bad_arguments() -> None:
         global_counts(scores(2, 1, 5)[0], 1)
     with pytest.raises(ValueError, match=r"statistics must have shape \[1, L\], got \[2, 4\]"):
         layer_budgets_from_statistics(torch.ones(2, 4), 5, 1, budget="global")
+
+
+@pytest.mark.parametrize("m", [4, 10, 40])
+def test_an_even_share_stands_under_the_threshold(m: int) -> None:
+    """Counts of a layer that holds all the highest scores: what is left to the others."""
+    n_layers, n_kv, n_visual = 4, 2, 200
+    scores = torch.rand((n_layers, n_kv, n_visual), generator=torch.Generator().manual_seed(m))
+    scores[2] += 1
+    counts = global_counts(scores, n_layers * n_kv * m)[None]
+    for floor in (0.0, 0.25, 0.5, 1.0):
+        policy = get_policy("aircache", budget="global", floor=floor)
+        found = policy.budgets(counts, n_visual, m).tolist()
+        left = max(1, round(floor * m))
+        # Rounding moves a cell at most.
+        assert all(abs(n - left) <= 1 for i, n in enumerate(found) if i != 2), (floor, found)
+        assert sum(found) == n_layers * m
+
+
+def test_an_even_share_of_other_budgets_is_refused() -> None:
+    with pytest.raises(ValueError, match="floor is of budget global, got budget aircache"):
+        get_policy("aircache", floor=0.5)
+    with pytest.raises(ValueError, match="floor must be a number"):
+        get_policy("aircache", budget="global", floor=2)

@@ -143,6 +143,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
             "table12",
             "table13",
             "budget",
+            "floor",
             "heads",
             "cross",
         )
@@ -168,6 +169,7 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
         "Policies by retention",
         "Observation window (table 5)",
         "Layer budgets (table 5)",
+        "Even share under budgets from one threshold",
         "Share merged instead of dropped (table 11)",
         "Share merged into the most similar keys",
         "Width of SnapKV's pool",
