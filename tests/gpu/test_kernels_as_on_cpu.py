@@ -21,6 +21,7 @@ MODULES = (
     "rows",
     "scoring",
     "selection",
+    "threshold",
     "warm_up",
 )
 

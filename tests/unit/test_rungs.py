@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aircache_sglang.config import AirCacheConfig
-from aircache_sglang.policy import get_policy, layer_budgets_from_statistics
+from aircache_sglang.policy import get_policy, global_counts, layer_budgets_from_statistics
 from aircache_sglang.runtime import rungs as rungs_module
 from aircache_sglang.runtime.compress import PassInputs
 from aircache_sglang.runtime.decide import Intent, Rung, rungs_of
@@ -46,13 +46,18 @@ def test_budgets_never_grow_and_add_up(budgets: tuple[list[int], list[int]]) -> 
         assert torch.equal(found, wanted)
 
 
-@given(st.integers(0, 1 << 30), st.sampled_from(["aircache", "strength", "skewness", "pyramid"]))
-def test_the_bound_costs_a_share_of_eq_11_no_more_than_rounding(seed: int, budget: str) -> None:
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(["aircache", "strength", "skewness", "pyramid", "global"]),
+)
+def test_the_bound_costs_a_budget_no_more_than_rounding(seed: int, budget: str) -> None:
     g = torch.Generator().manual_seed(seed)
     statistics = torch.rand(2, 12, generator=g, dtype=torch.float64) ** 3
-    budgets = [
-        layer_budgets_from_statistics(statistics, 200, m, budget=budget) for m in (100, 99, 50, 7)
-    ]
+    scores = torch.rand(12, 2, 200, generator=g) * statistics[0, :, None, None].float()
+    budgets = []
+    for m in (100, 99, 50, 7):
+        of_m = global_counts(scores, 12 * 2 * m)[None] if budget == "global" else statistics
+        budgets.append(layer_budgets_from_statistics(of_m, 200, m, budget=budget))
     found = budgets[0]
     for wanted in budgets[1:]:
         found = nested(wanted, found)

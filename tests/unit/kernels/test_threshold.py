@@ -21,6 +21,7 @@ TIES = {
     "ties": lambda value: (value.clamp(max=4) * 2).round() / 2,
     "equal": lambda value: torch.full_like(value, 0.1),
     "zero": torch.zeros_like,
+    "one layer": lambda value: torch.cat((value[:-1], value[-1:] + 100)),
 }
 
 
@@ -58,7 +59,7 @@ def test_laws(data: st.DataObject) -> None:
 
 def test_more_tokens_than_a_step(device: torch.device) -> None:
     sizes = [5000, 63]
-    for kind in ("heavy", "ties"):
+    for kind in ("heavy", "ties", "one layer"):
         checked(TIES[kind](scores(3, 2, sizes)).to(device), sizes, [777, 63])
 
 
