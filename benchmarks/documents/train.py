@@ -308,7 +308,7 @@ def train(arguments: argparse.Namespace, log: Log) -> Progress:
         arguments.seed,
         arguments.kinds,
         getattr(torch, arguments.dtype),
-        None if arguments.plain else arguments.guide_from,
+        arguments.guide_from,
     )
     with stopped_by_signals() as stopped:
         learn_to_answer(model, tokenizer, optimizer, progress, lesson, keep, log, stopped)
@@ -342,10 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--decay", type=float, default=DECAY, help="share of the steps over which it falls"
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(all)")
-    parser.add_argument(
-        "--plain", action="store_true", help="answers alone: no guide, no dropped visual KV"
+    guide = parser.add_mutually_exclusive_group()
+    guide.add_argument(
+        "--plain",
+        dest="guide_from",
+        action="store_const",
+        const=None,
+        default=GUIDED_FROM,
+        help="answers alone: no guide, no dropped visual KV",
     )
-    parser.add_argument(
+    guide.add_argument(
         "--guide-from",
         type=int,
         default=GUIDED_FROM,

@@ -57,7 +57,8 @@ from benchmarks.documents.questions import (
     evaluation_set,
     wording,
 )
-from benchmarks.quality.scores import bootstrap
+from benchmarks.quality.report import percent
+from benchmarks.quality.scores import gap_text, mean_gap
 from benchmarks.records import RESULTS, Results, read
 from benchmarks.report import table
 
@@ -275,19 +276,23 @@ def report(path: Path) -> str:
     """Right answers in per cent, by method and retention; then the same less AirCache's."""
     rows = [row["right"] for row in read(path)]
     shares = (1.0, *RETENTIONS)
-    rates, less = [], []
-    for method, asked in rows[0].items():
-        found = {r: [100 * row[method][str(r)] for row in rows] for r in shares if str(r) in asked}
-        rates.append([method, *(f"{np.mean(found[r]):.1f}" if r in found else "-" for r in shares)])
-        if method not in ("full cache", "aircache"):
-            gaps = {
-                r: [
-                    one - 100 * row["aircache"][str(r)] for one, row in zip(ones, rows, strict=True)
-                ]
-                for r, ones in found.items()
-            }
-            less.append([method, *(gap(gaps[r]) if r in gaps else "-" for r in RETENTIONS)])
-    head = [f"{100 * r:g} %" for r in shares]
+    found = {
+        method: {r: [row[method][str(r)] for row in rows] for r in shares if str(r) in asked}
+        for method, asked in rows[0].items()
+    }
+    rates = [
+        [method, *(f"{100 * np.mean(right[r]):.1f}" if r in right else "-" for r in shares)]
+        for method, right in found.items()
+    ]
+    less = [
+        [
+            method,
+            *(less_than(right[r], found["aircache"][r]) if r in right else "-" for r in RETENTIONS),
+        ]
+        for method, right in found.items()
+        if method not in ("full cache", "aircache")
+    ]
+    head = list(map(percent, shares))
     return (
         f"{len(rows)} samples\n\n{table(['right', *head], rates)}\n"
         "Less AirCache's, in points, with the 95 % interval of a paired bootstrap:\n\n"
@@ -295,12 +300,10 @@ def report(path: Path) -> str:
     )
 
 
-def gap(points: Sequence[float]) -> str:
-    """A mean difference and its interval; "0" where no answer differs."""
-    if not any(points):
-        return "0"
-    low, high = bootstrap(points)
-    return f"{np.mean(points):+.1f} ({low:+.1f} to {high:+.1f})"
+def less_than(ones: Sequence[bool], others: Sequence[bool]) -> str:
+    """The mean difference in points and its interval; "0" where no answer differs."""
+    gaps = [100 * (one - other) for one, other in zip(ones, others, strict=True)]
+    return gap_text(mean_gap(gaps)) if any(gaps) else "0"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.documents.questions import KINDS, evaluation_set
 from benchmarks.quality import metrics
 from benchmarks.quality.grid import read
-from benchmarks.quality.scores import Scores, difference, interval
+from benchmarks.quality.scores import Scores, difference, gap_text, interval
 from benchmarks.quality.settings import (
     ALL_BUDGETS,
     ALPHAS,
@@ -129,7 +129,7 @@ def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
             for r in retentions
         ]
         if policy != "aircache" and any(gaps):
-            text = ["-" if g is None else f"{g[0]:+.1f} ({g[1]:+.1f} to {g[2]:+.1f})" for g in gaps]
+            text = ["-" if gap is None else gap_text(gap) for gap in gaps]
             lines.append([NAMES.get(policy, policy), *text])
     if not lines:
         return
@@ -323,8 +323,7 @@ def threshold_gaps(scores: Scores) -> Iterator[str]:
     if found:
         yield "### Budgets from one threshold less eq. 11\n"
         yield "In points, with the 95 % interval of a paired bootstrap.\n"
-        text = [f"{g[0]:+.1f} ({g[1]:+.1f} to {g[2]:+.1f})" for g in found.values()]
-        yield table(list(map(percent, found)), [text])
+        yield table(list(map(percent, found)), [list(map(gap_text, found.values()))])
 
 
 def knob_table(

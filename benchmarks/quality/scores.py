@@ -87,7 +87,7 @@ def by_group(rows: Iterable[Row]) -> dict[str, float]:
 def interval(scores: Scores, setting: Setting, samples: Sequence[str]) -> tuple[float, float]:
     """The 95 % interval of a score in per cent: a bootstrap over groups, seed 0."""
     rows = scores.of(setting)
-    return bootstrap([100 * least for least in by_group(rows[s] for s in samples).values()])
+    return _bootstrap([100 * least for least in by_group(rows[s] for s in samples).values()])
 
 
 def difference(scores: Scores, one: Setting, other: Setting) -> tuple[float, float, float] | None:
@@ -97,10 +97,21 @@ def difference(scores: Scores, one: Setting, other: Setting) -> tuple[float, flo
         return None
     sides = [by_group(scores.of(setting)[s] for s in samples) for setting in (one, other)]
     gaps = [100 * (sides[0][group] - sides[1][group]) for group in sides[0]]
-    return (statistics.fmean(gaps), *bootstrap(gaps))
+    return mean_gap(gaps)
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+def mean_gap(gaps: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of differences in pairs and its 95 % interval."""
+    return (statistics.fmean(gaps), *_bootstrap(gaps))
+
+
+def gap_text(gap: tuple[float, float, float]) -> str:
+    """`mean_gap` as a cell of a table."""
+    mean, low, high = gap
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of a mean: 2000 draws, seed 0."""
     drawn = np.array(values)
     draws = np.random.default_rng(0).integers(0, len(drawn), (2000, len(drawn)))

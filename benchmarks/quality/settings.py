@@ -94,10 +94,7 @@ def rare(**knobs: Any) -> dict[str, Any]:
 
     A rank stays, 0 too: it is of figure 4 alone.
     """
-    default = {
-        **{"merge": 0.0, "selection": "per-head", "kernel": 7},
-        **{"audience": "visual", "floor": 0.0},
-    }
+    default = {"merge": 0.0, "selection": "per-head", "kernel": 7, "audience": "visual"}
     kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
 
@@ -109,7 +106,9 @@ def merged(share: float, retention: float, by: str = "position") -> Setting:
 
 def with_floor(floor: float, retention: float) -> Setting:
     """AirCache with budgets from one threshold above an even share."""
-    return Setting.of("aircache", retention, budget="global", **rare(floor=floor))
+    return Setting.of(
+        "aircache", retention, budget="global", **(rare(floor=floor) if floor else {})
+    )
 
 
 def current(setting: dict[str, Any]) -> bool:

@@ -393,15 +393,18 @@ def test_a_turned_knob_is_read_or_refused(policy: str, name: str) -> None:
     assert settings_of(asked) != settings_of(plain), f"{policy} does nothing with {name}"
 
 
-@pytest.mark.parametrize("budget", BUDGET_MODES)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_even_share_is_of_budgets_from_one_threshold(policy: str, budget: str) -> None:
-    changes = {"policy": policy, "ablation": {"floor": 0.25}}
-    if policy == "aircache":
-        changes["budget"] = budget
-    flags = server_args(budget=budget if policy == "aircache" else "aircache")
-    flags.kv_policy, flags.aircache_ablation = policy, json.dumps({"floor": 0.25})
-    if (policy, budget) == ("aircache", "global"):
+@pytest.mark.parametrize(
+    ("policy", "knobs"),
+    [
+        *(("aircache", {"budget": budget}) for budget in BUDGET_MODES),
+        *((policy, {}) for policy in POLICIES if policy != "aircache"),
+    ],
+)
+def test_an_even_share_is_of_budgets_from_one_threshold(policy: str, knobs: dict[str, str]) -> None:
+    changes = {"policy": policy, "ablation": {"floor": 0.25}, **knobs}
+    flags = server_args(ablation=json.dumps({"floor": 0.25}), **knobs)
+    flags.kv_policy = policy
+    if knobs == {"budget": "global"}:
         served = AirCacheConfig.from_server_args(flags)
         assert settings_of(served) != settings_of(AirCacheConfig(budget="global"))
         # Another budget inherits it in vain, and is served as without.

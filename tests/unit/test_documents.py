@@ -269,6 +269,14 @@ def test_the_guide_begins_at_the_layer_asked_for(
     assert guided == {(layer, layer >= 2) for layer in range(6)}
 
 
+def test_no_guide_goes_with_no_layer_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--work", str(tmp_path), "--plain", "--guide-from", "2"])
+    assert "--guide-from: not allowed with argument --plain" in capsys.readouterr().err
+
+
 def test_a_warm_start_from_nowhere_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
