@@ -47,10 +47,11 @@ PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper.json").read_text())
 PAPER_MODEL = "Qwen2-VL-7B"  # of table 1; the ablations' is LLaVA-OV-7B
+ONE_THRESHOLD = "global"
 NAMES = {
     **{FULL: "full cache", "h2o": "H2O", "elastic": "Elastic Cache", "prefixkv": "PrefixKV"},
     **{"snapkv": "SnapKV", "aircache": "AirCache", "pyramidkv": "PyramidKV", "vlcache": "VL-Cache"},
-    **{"mixkv": "MixKV", "tgvkv": "TGV-KV"},
+    **{"mixkv": "MixKV", "tgvkv": "TGV-KV", ONE_THRESHOLD: "AirCache, one threshold"},
     **{"fastv": "FastV", "fastervlm": "FasterVLM", "ivtp": "IVTP"},
 }
 # Of figure 4: what, decimals, the rows' field.
@@ -60,7 +61,6 @@ RANK_MEASURES = (
     ("Jensen-Shannon divergence in bits until the answers part", 4, "divergence"),
     ("Attention mass", 4, "visual_mass"),
 )
-ONE_THRESHOLD = "AirCache, one threshold"
 WITHIN_FULL, ABOVE_SNAPKV = 1.0, 6.5  # points; the project's goals
 
 Labelled = Sequence[tuple[str, Setting]]
@@ -81,19 +81,26 @@ def of_paper(name: str, row: str, retention: float) -> float | None:
     return statistics.fmean(found.values()) if found else None
 
 
+def contestants(retentions: Sequence[float]) -> dict[str, list[Setting]]:
+    """The lines of table 1, by a key of NAMES: AirCache with the paper's budgets and with ours."""
+    found = {policy: [Setting.of(policy, r) for r in retentions] for policy in POLICIES}
+    found[ONE_THRESHOLD] = [Setting.of("aircache", r, budget="global") for r in retentions]
+    return found
+
+
 def policy_tables(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
-    settings = [Setting.of(p, r) for p in POLICIES for r in retentions]
+    asked = contestants(retentions)
+    settings = [setting for line in asked.values() for setting in line]
     if not any(map(scores.has, settings)):
         return
     full = Setting.of(FULL)
 
     def lines(of: Scores, samples: Sequence[str]) -> Iterator[list[str]]:
-        for policy in (FULL, *POLICIES):
-            cells = [full if policy == FULL else Setting.of(policy, r) for r in retentions]
+        for name, cells in {FULL: [full] * len(retentions), **asked}.items():
             if any(map(of.has, cells)):
                 figures = [cell(of.score(setting, samples)) for setting in cells]
-                yield [NAMES.get(policy, policy), *figures]
+                yield [NAMES.get(name, name), *figures]
 
     head = ["policy", *map(percent, retentions)]
     samples = scores.common([full, *settings])
@@ -118,19 +125,13 @@ def policy_tables(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
 
 def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
     """AirCache less each other, with intervals."""
-    lines = []
-    for policy in (FULL, *POLICIES):
-        gaps = [
-            difference(
-                scores,
-                Setting.of("aircache", r),
-                Setting.of(FULL) if policy == FULL else Setting.of(policy, r),
-            )
-            for r in retentions
-        ]
-        if policy != "aircache" and any(gaps):
+    asked, lines = contestants(retentions), []
+    ours = asked.pop("aircache")
+    for name, others in {FULL: [Setting.of(FULL)] * len(retentions), **asked}.items():
+        gaps = [difference(scores, *pair) for pair in zip(ours, others, strict=True)]
+        if any(gaps):
             text = ["-" if gap is None else gap_text(gap) for gap in gaps]
-            lines.append([NAMES.get(policy, policy), *text])
+            lines.append([NAMES.get(name, name), *text])
     if not lines:
         return
     yield "AirCache less each, in points, with the 95 % interval of a paired bootstrap:\n"
@@ -476,10 +477,8 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
 def curve(path: Path, name: str, scores: Scores, metric: str) -> Iterator[Path]:
     """Score over what is held, a line a policy, on the samples of the first table."""
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
-    full = Setting.of(FULL)
-    samples = scores.common([full, *(Setting.of(p, r) for p in POLICIES for r in retentions)])
-    asked = {policy: [Setting.of(policy, r) for r in retentions] for policy in POLICIES}
-    asked[ONE_THRESHOLD] = [Setting.of("aircache", r, budget="global") for r in retentions]
+    full, asked = Setting.of(FULL), contestants(retentions)
+    samples = scores.common([full, *(setting for line in asked.values() for setting in line)])
     lines: dict[str, list[tuple[float, float | None]]] = {}
     ranges: dict[str, list[tuple[float, float]]] = {}
     for line, settings in asked.items():

@@ -31,7 +31,7 @@ LOW = (0.1, 0.01)  # what the paper's ablations are run at
 POOLS = (7, 1)
 UNIFIED, AUDIENCES = ("h2o", "aircache"), ("all", "visual")  # table 6
 UNIFIED_RETENTIONS = (0.5, 0.1, 0.05, 0.01)
-# Sent with every request of AirCache, so that the server's flags do not matter.
+# The paper's, sent with every request of AirCache, so that the server's flags do not matter.
 DEFAULTS = {"alpha": 0.9, "budget": "aircache", "elite": "per-head", "window": "elite"}
 
 
@@ -135,7 +135,9 @@ def grid(name: str, policies: Sequence[str], retentions: Sequence[float] | None)
     # A server that is not ours has no full cache to ask for.
     full = [] if set(policies) == {SERVER} else [Setting.of(FULL)]
     if name == "table1":
-        return full + product(policies, retentions or RETENTIONS)
+        shares = retentions or RETENTIONS
+        ours = ("aircache",) if "aircache" in policies else ()
+        return full + product(policies, shares) + product(ours, shares, budget="global")
     if name == "table4":
         return full + product((*PRUNING, "aircache"), retentions or (0.5, 0.1, 0.01))
     if name == "table5":

@@ -185,6 +185,8 @@ def test_every_grid_has_its_table(tmp_path: Path) -> None:
     ):
         assert f"### {heading}" in text
     assert "Kind `line`, 2 samples" in text
+    assert "| AirCache, one threshold | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |" in text
+    assert f"| AirCache, one threshold |{' +0.0 (+0.0 to +0.0) |' * 5}" in text
     # (72.2 + 58.4 + 65.7 + 57.0) / 4; the windows are asked at four retentions, the paper's at 1 %
     assert "| all | 100.0 | 100.0 | 100.0 | 100.0 | 63.3 |" in text
     assert "| last-1 | 100.0 | 100.0 | 100.0 | 100.0 | - |" in text
