@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -11,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -161,13 +164,43 @@ def identity(key: Row) -> str:
     return json.dumps(key, sort_keys=True)
 
 
+def stored(path: Path) -> Path:
+    """Where the rows of `path` are: there, or packed beside it, as `gzip -9n` leaves them."""
+    packed = path.with_name(path.name + ".gz")
+    return packed if packed.is_file() and not path.exists() else path
+
+
+def unpack(path: Path) -> None:
+    """Have a file that can be appended to in place of its packed form. Raises ValueError."""
+    packed = stored(path)
+    if packed == path:
+        return
+    with packed.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another run may have begun on the same file
+        if not path.exists():
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(_content(packed))
+            partial.rename(path)
+            packed.unlink()
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from None
+
+
 def read(path: Path) -> list[Row]:
-    """The objects of a file; what follows the last line's end is half a row, and is none.
+    """The objects of a file, `stored`; what follows the last line's end is half a row, and is none.
 
     Raises ValueError for any other line that is not JSON.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(_content(stored(path)).split(b"\n")[:-1], start=1):
         try:
             rows.extend([json.loads(line)] if line.strip() else [])
         except ValueError:

@@ -46,15 +46,16 @@ class Rows:
 
     def __init__(self, path: Path, run: Row) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            cut_unfinished_line(path)
-        runs, rows = read(path) if path.exists() else ([], [])
+        runs, rows = read(path) if records.stored(path).exists() else ([], [])
         for other in runs:
             if (other["model"], other["weights"]) != (run["model"], run["weights"]):
                 raise ValueError(
                     f"{path} has answers of {other['model']} ({other['weights']}), not of "
                     f"{run['model']} ({run['weights']}): name another --file"
                 )
+        records.unpack(path)
+        if path.exists():
+            cut_unfinished_line(path)
         self._path, self._run = path, run
         self._number: int | None = None  # until there is a row to go with it
         self._known = {identity(row["key"]) for row in rows}

@@ -40,7 +40,7 @@ from benchmarks.quality.settings import (
     rare,
     with_floor,
 )
-from benchmarks.records import ROOT, Row, path_label
+from benchmarks.records import ROOT, Row, path_label, stored
 from benchmarks.report import goal, table
 
 PAGE = ROOT / "docs" / "quality.md"
@@ -568,7 +568,7 @@ def header(path: Path, runs: Sequence[Row], rows: Sequence[Row]) -> str:
     names = ("model", "weights", "version", "sglang", "torch", "device", "git", "command")
     used = {row["run"] for row in rows}
     seen = [run for run in runs if run["run"] in used]
-    lines = [f"{len(rows)} answers in `{path_label(path.resolve())}`.\n"]
+    lines = [f"{len(rows)} answers in `{path_label(stored(path.resolve()))}`.\n"]
     for name in names:
         values = "; ".join(dict.fromkeys(str(run[name]) for run in seen))
         lines.append(f"- {name}: {values}")
@@ -609,7 +609,7 @@ def report(path: Path, page: Path = PAGE) -> None:
     Raises:
         ValueError: no results, or a page without the marks.
     """
-    if not path.is_file():
+    if not stored(path).is_file():
         raise ValueError(f"no results in {path}: run first")
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)

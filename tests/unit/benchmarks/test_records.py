@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import gzip
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.records import Results, provenance, read
+from benchmarks.records import ROOT, Results, provenance, read, stored, unpack
 
 
 def test_parts_of_another_machine_are_not_continued(
@@ -51,3 +53,33 @@ def test_half_a_row_is_cut_before_the_next(tmp_path: Path) -> None:
     results.add({"number": 1}, {})
     results.add({"number": 1}, {"said": "not written"})
     assert [row["key"]["number"] for row in read(path)] == [0, 1] and "said" not in read(path)[1]
+
+
+def test_a_packed_file_is_read_where_it_is_and_unpacked_to_be_continued(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    Results(path).add({"number": 0}, {})
+    rows, whole = read(path), path.read_bytes()
+    packed = path.with_name("rows.jsonl.gz")
+    packed.write_bytes(gzip.compress(whole))
+    path.write_bytes(b"")
+    assert stored(path) == path and read(path) == [], "what a run is writing comes first"
+    path.unlink()
+    assert stored(path) == packed and read(path) == rows
+    for _ in range(2):
+        unpack(path)
+        assert path.read_bytes() == whole and [*tmp_path.iterdir()] == [path]
+    path.unlink()
+    packed.write_bytes(gzip.compress(whole)[:-9])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be unpacked"):
+        unpack(path)
+    assert [*tmp_path.iterdir()] == [packed]
+
+
+def test_no_file_of_the_repository_is_large() -> None:
+    """A checkout stays below 64 MiB; `gzip -9n` packs rows to a sixteenth."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name}
+    assert not {name: size for name, size in sizes.items() if size > 8 << 20}
+    assert sum(sizes.values()) < 64 << 20
