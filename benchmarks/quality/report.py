@@ -82,34 +82,35 @@ def of_paper(name: str, row: str, retention: float) -> float | None:
 
 
 def contestants(retentions: Sequence[float]) -> dict[str, list[Setting]]:
-    """The lines of table 1, by a key of NAMES: AirCache with the paper's budgets and with ours."""
-    found = {policy: [Setting.of(policy, r) for r in retentions] for policy in POLICIES}
+    """The lines of table 1, the full cache first, by a key of NAMES; AirCache's with the paper's
+    budgets and with ours."""
+    found = {FULL: [Setting.of(FULL)] * len(retentions)}
+    found |= {policy: [Setting.of(policy, r) for r in retentions] for policy in POLICIES}
     found[ONE_THRESHOLD] = [Setting.of("aircache", r, budget="global") for r in retentions]
     return found
 
 
 def policy_tables(scores: Scores, rows: Sequence[Row]) -> Iterator[str]:
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
+    if not retentions:
+        return
     asked = contestants(retentions)
     settings = [setting for line in asked.values() for setting in line]
-    if not any(map(scores.has, settings)):
-        return
-    full = Setting.of(FULL)
 
     def lines(of: Scores, samples: Sequence[str]) -> Iterator[list[str]]:
-        for name, cells in {FULL: [full] * len(retentions), **asked}.items():
+        for name, cells in asked.items():
             if any(map(of.has, cells)):
                 figures = [cell(of.score(setting, samples)) for setting in cells]
                 yield [NAMES.get(name, name), *figures]
 
     head = ["policy", *map(percent, retentions)]
-    samples = scores.common([full, *settings])
+    samples = scores.common(settings)
     yield f"### Policies by retention (the paper's table 1)\n\n{len(samples)} samples, all kinds.\n"
     yield table(head, lines(scores, samples))
     kinds = list(dict.fromkeys(row["key"]["kind"] for row in rows))
     for kind in kinds if len(kinds) > 1 else []:
         of_kind = Scores(rows, kind)
-        common = of_kind.common([full, *settings])
+        common = of_kind.common(settings)
         yield f"Kind `{kind}`, {len(common)} samples:\n"
         yield table(head, lines(of_kind, common))
     paper = [
@@ -127,7 +128,7 @@ def policy_gaps(scores: Scores, retentions: Sequence[float]) -> Iterator[str]:
     """AirCache less each other, with intervals."""
     asked, lines = contestants(retentions), []
     ours = asked.pop("aircache")
-    for name, others in {FULL: [Setting.of(FULL)] * len(retentions), **asked}.items():
+    for name, others in asked.items():
         gaps = [difference(scores, *pair) for pair in zip(ours, others, strict=True)]
         if any(gaps):
             text = ["-" if gap is None else gap_text(gap) for gap in gaps]
@@ -477,8 +478,9 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
 def curve(path: Path, name: str, scores: Scores, metric: str) -> Iterator[Path]:
     """Score over what is held, a line a policy, on the samples of the first table."""
     retentions = [r for r in scores.retentions(POLICIES) if r < 1]
-    full, asked = Setting.of(FULL), contestants(retentions)
-    samples = scores.common([full, *(setting for line in asked.values() for setting in line)])
+    asked = contestants(retentions)
+    samples = scores.common(setting for line in asked.values() for setting in line)
+    del asked[FULL]  # a level, not a line
     lines: dict[str, list[tuple[float, float | None]]] = {}
     ranges: dict[str, list[tuple[float, float]]] = {}
     for line, settings in asked.items():
@@ -490,7 +492,7 @@ def curve(path: Path, name: str, scores: Scores, metric: str) -> Iterator[Path]:
     if lines:
         label = "share of the visual KV that is held: columns over visual tokens"
         picture = path.with_name(f"{path.stem}-{name}.png")
-        level = scores.score(full, samples)
+        level = scores.score(Setting.of(FULL), samples)
         height = f"{metric.replace('_', ' ')}, {len(samples)} samples"
         yield plot(*(picture, lines, label), height=height, full=level, falling=True, ranges=ranges)
 

@@ -94,7 +94,13 @@ def rare(**knobs: Any) -> dict[str, Any]:
 
     A rank stays, 0 too: it is of figure 4 alone.
     """
-    default = {"merge": 0.0, "selection": "per-head", "kernel": 7, "audience": "visual"}
+    default = {
+        "merge": 0.0,
+        "selection": "per-head",
+        "kernel": 7,
+        "audience": "visual",
+        "floor": 0.0,
+    }
     kept = tuple(sorted((k, v) for k, v in knobs.items() if v != default.get(k)))
     return {"ablation": kept} if kept else {}
 
@@ -106,9 +112,7 @@ def merged(share: float, retention: float, by: str = "position") -> Setting:
 
 def with_floor(floor: float, retention: float) -> Setting:
     """AirCache with budgets from one threshold above an even share."""
-    return Setting.of(
-        "aircache", retention, budget="global", **(rare(floor=floor) if floor else {})
-    )
+    return Setting.of("aircache", retention, budget="global", **rare(floor=floor))
 
 
 def current(setting: dict[str, Any]) -> bool:

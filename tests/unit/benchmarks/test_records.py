@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.records import ROOT, Results, provenance, read, stored, unpack
+from benchmarks.records import ROOT, Results, git, provenance, read, stored, unpack
 
 
 def test_parts_of_another_machine_are_not_continued(
@@ -77,9 +76,9 @@ def test_a_packed_file_is_read_where_it_is_and_unpacked_to_be_continued(tmp_path
 
 def test_no_file_of_the_repository_is_large() -> None:
     """A checkout stays below 64 MiB; `gzip -9n` packs rows to a sixteenth."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    listed = git("ls-files", "-z")
+    if not listed:
         pytest.skip("not a git checkout")
-    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name}
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name}
     assert not {name: size for name, size in sizes.items() if size > 8 << 20}
     assert sum(sizes.values()) < 64 << 20
