@@ -108,16 +108,18 @@ def test_counters_add_up_and_each_server_shows_its_tree(
     """What both trees have counted is what the answers say was cached."""
     servers = (aircache_server, serial_server)
     before = [hit_tokens(server) for server in servers]
-    pictures = [png_data_url(picture(90 + i, 10, 10)) for i in range(6)]
-    keys = [routing_key(url.encode()) for url in pictures]
-    asked = [
-        ask_by_key(router, url, key, question)
-        for question in range(2)
-        for url, key in zip(pictures, keys, strict=True)
-    ]
-    counted = [hit_tokens(server) - n for server, n in zip(servers, before, strict=True)]
-    assert sum(counted) == sum(meta["cached_tokens"] for meta in asked)
+    asked: list[Any] = []
+    counted = [0, 0]
+    # A router without load gives a new key to either server by chance.
+    for i in range(64):
+        url = png_data_url(picture(90 + i, 10, 10))
+        key = routing_key(url.encode())
+        asked += [ask_by_key(router, url, key, question) for question in range(2)]
+        counted = [hit_tokens(server) - n for server, n in zip(servers, before, strict=True)]
+        if min(counted) > 100:
+            break
     assert min(counted) > 100 and all(meta["aircache"] for meta in asked)
+    assert sum(counted) == sum(meta["cached_tokens"] for meta in asked)
     capsys.readouterr()
     urls = [part for server in servers for part in ("--url", server.url)]
     assert aircache(["cache", *urls]) == 0
