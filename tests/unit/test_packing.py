@@ -27,6 +27,7 @@ from aircache_sglang.runtime.kv_planes import absolute_rows, cell_address
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.one_rank import ONE_RANK
 from tests.support.spans import between_positions
 
 
@@ -161,22 +162,6 @@ class FixedPolicy(Policy):
         return self.fixed_budgets
 
 
-class OneRank:
-    ranks = 1
-
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def first(self, n_local: int) -> int:
-        return 0
-
-    def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
 @pytest.mark.parametrize("reuse", ["exact", "compressed"])
 def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     monkeypatch: pytest.MonkeyPatch, reuse: str
@@ -203,7 +188,7 @@ def test_the_pass_lays_out_the_row_and_only_reads_the_originals(
     policy = FixedPolicy(order, budgets)
     q = torch.randn((n_layers, 3, 4, dim), generator=g)
     monkeypatch.setattr(compress, "policy_of", lambda config: policy)
-    TorchPass(PassInputs(k_all, v_all, table, OneRank(), 0.5))([Job(record, q)])
+    TorchPass(PassInputs(k_all, v_all, table, ONE_RANK, 0.5))([Job(record, q)])
     assert torch.equal(policy.seen.q_text, q) and policy.seen.scale == 0.5
     assert torch.equal(policy.seen.k_text, k_before[:, slots[15:18]])
     k_visual = k_before[:, slots[prompt.visual_positions()]]

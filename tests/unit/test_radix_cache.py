@@ -67,6 +67,7 @@ from aircache_sglang.runtime.gate import CPU
 from aircache_sglang.runtime.record import Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.one_rank import ONE_RANK
 from tests.support.spans import between_positions
 
 LAYERS, KV_HEADS, Q_HEADS, DIM = 2, 1, 2, 2
@@ -184,16 +185,9 @@ class World:
         )
         compressor.pool = self.pool
         compressor.records, compressor.surplus, compressor.costs = {}, {}, CPU
-        compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
-        one_rank = SimpleNamespace(mean=lambda x: x, gather_heads=lambda x: x, first=lambda n: 0)
+        table = compressor.table = CompressionTable(self.rows.req_to_token, LAYERS)
         compressor.metrics = Metrics(None)
-        cells = PassInputs(
-            self.pool.k_all,
-            self.pool.v_all,
-            compressor.table,
-            one_rank,  # type: ignore[arg-type]
-            1.0,
-        )
+        cells = PassInputs(self.pool.k_all, self.pool.v_all, table, ONE_RANK, 1.0)
         compressor.compress, compressor.inputs = TorchPass(cells), cells
         compressor._running, compressor._admitted, compressor._has_tree = (), (), not disable
         compressor.mode, compressor.arriving = "null", {}

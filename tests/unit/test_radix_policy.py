@@ -44,6 +44,7 @@ from aircache_sglang.runtime.decide import Intent
 from aircache_sglang.runtime.record import CompressionRecord, Stage
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.one_rank import ONE_RANK
 from tests.support.spans import between_positions
 
 POOL = 60
@@ -132,8 +133,7 @@ class World:
         self.rows = Rows()
         kv = torch.zeros(2, POOL + 1, 1, 1)
         table = CompressionTable(self.rows.req_to_token, 2)
-        heads: Any = SimpleNamespace(gather_heads=lambda selected: selected)
-        self.inputs = PassInputs(kv, kv, table, heads, 1.0)
+        self.inputs = PassInputs(kv, kv, table, ONE_RANK, 1.0)
         self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
         self.records: dict[int, CompressionRecord] = {}
         self.surplus: dict[int, torch.Tensor] = {}

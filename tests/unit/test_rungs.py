@@ -22,7 +22,7 @@ from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.rungs import Ladder, make_ladder, nested, nested_cells, repack
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.table import CompressionTable
-from tests.unit.kernels.test_engine_twins import OneRank
+from tests.support.one_rank import ONE_RANK
 
 
 @st.composite
@@ -85,7 +85,7 @@ class World:
         req_to_token = torch.zeros(3, 80, dtype=torch.int32)
         req_to_token[1, :60] = self.row.int()
         table = CompressionTable(req_to_token, n_layers)
-        self.inputs = PassInputs(self.k_all, self.v_all, table, OneRank(), 0.5)
+        self.inputs = PassInputs(self.k_all, self.v_all, table, ONE_RANK, 0.5)
         scores = torch.rand(n_layers, n_heads, 40, generator=g)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         statistics = torch.rand(2, n_layers, generator=g, dtype=torch.float64)

@@ -29,8 +29,9 @@ from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import Chunk, VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.one_rank import ONE_RANK
 from tests.unit.kernels.cases import captured
-from tests.unit.kernels.test_engine_twins import H_KV, H_Q, D, L, OneRank
+from tests.unit.kernels.test_engine_twins import H_KV, H_Q, D, L
 
 
 class Pool(KVPlanes):
@@ -249,7 +250,7 @@ class World:
 
     def compress(self, jobs: Sequence[tuple[Request, QueryStash]]) -> None:
         scale = self.layers[0].scaling
-        inputs = PassInputs(self.pool.k_all, self.pool.v_all, self.table, OneRank(), scale)
+        inputs = PassInputs(self.pool.k_all, self.pool.v_all, self.table, ONE_RANK, scale)
         work = []
         for request, stash in jobs:
             prompt = request.prompt

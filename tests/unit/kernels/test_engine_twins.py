@@ -26,28 +26,11 @@ from aircache_sglang.runtime.spans import Chunk, VisualPrompt
 from aircache_sglang.runtime.stash import BatchStash, Job, QueryStash, joined
 from aircache_sglang.runtime.table import CompressionTable
 from tests.support.batch_invariant import batch_invariant
+from tests.support.one_rank import ONE_RANK
 from tests.unit.kernels.test_package import launches, on_cpu
 
 CPU = torch.device("cpu")
 L, H_KV, H_Q, D, ROWS, CONTEXT = 3, 2, 6, 16, 700, 256
-
-
-class OneRank:
-    """A tensor-parallel group of one."""
-
-    ranks = 1
-
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def first(self, n_local: int) -> int:
-        return 0
-
-    def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
 
 
 @dataclasses.dataclass
@@ -96,7 +79,7 @@ def build(
         return slots[taken - n : taken]
 
     table = CompressionTable(req_to_token, n_layers)
-    inputs = PassInputs(k_all, v_all, table, OneRank(), D**-0.5)
+    inputs = PassInputs(k_all, v_all, table, ONE_RANK, D**-0.5)
     jobs = []
     for row, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=True), start=1):
         intent = Intent(config, prompt, max(1, round(config.retention * prompt.n_visual)))

@@ -39,9 +39,9 @@ from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
 from aircache_sglang.runtime.stash import Job
 from aircache_sglang.runtime.table import CompressionTable
+from tests.support.one_rank import ONE_RANK
 from tests.unit.kernels.compile_for_gpu import SERVED, Shape, attention_kernels, pass_kernels
 from tests.unit.kernels.test_compile import KERNELS
-from tests.unit.kernels.test_engine_twins import OneRank
 
 TENSOR = torch.tensor
 ROWS, CONTEXT, REQUESTS = 400_001, 40_960, 64
@@ -143,7 +143,7 @@ class Served:
         req_to_token = torch.zeros(REQUESTS + 1, CONTEXT, dtype=torch.int32, device=CUDA)
         self.table = CompressionTable(req_to_token, shape.layers)
         self.scale = shape.head_dim**-0.5
-        self.inputs = PassInputs(planes[0], planes[1], self.table, OneRank(), self.scale)
+        self.inputs = PassInputs(planes[0], planes[1], self.table, ONE_RANK, self.scale)
         self.pool = SimpleNamespace(
             k_all=planes[0],
             v_all=planes[1],
