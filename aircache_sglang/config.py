@@ -198,8 +198,9 @@ class AirCacheConfig:
     min_visual_mass: keep, in place of `retention`, the smallest share of MASS_LADDER that carries
         so much of the elite attention, and everything if none does (per request only).
     alpha: relevance threshold of eq. 5, 0 <= alpha <= 1.
-    budget: what splits the columns over the layers (paper table 5): `aircache` (eq. 11), `uniform`,
-        `strength` or `skewness` alone, `pyramid`; `global`, one threshold for all layers.
+    budget: what splits the columns over the layers: `global`, one threshold for all of them; or
+        the paper's (table 5) `aircache` (eq. 11), `strength` or `skewness` alone, `uniform`,
+        `pyramid`.
     window: the observation window (paper table 5): `elite`, `all` text tokens, `last-N`, or the
         `visual-N` last visual tokens. `snapkv`, `pyramidkv` and `mixkv` take `last-N` alone and
         have `last-32`, `last-8` and `last-32` of their own.
@@ -225,7 +226,7 @@ class AirCacheConfig:
     retention: float = 0.1
     min_visual_mass: float | None = None
     alpha: float = 0.9
-    budget: str = "aircache"
+    budget: str = "global"
     window: str = "elite"
     elite: str = "per-head"
     min_visual_tokens: int = 64

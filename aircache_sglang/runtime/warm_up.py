@@ -33,11 +33,11 @@ from aircache_sglang.runtime.table import CompressionTable
 
 # What a request may ask of the kernels by other code: who picks the elite tokens, and what splits.
 SETTINGS: tuple[dict[str, str], ...] = (
-    {},
+    {"budget": "global"},
+    {"budget": "aircache"},
     {"elite": "shared", "budget": "uniform"},
     {"budget": "strength"},
     {"budget": "skewness"},
-    {"budget": "global"},
 )
 # Sizes at which the pass is timed: visual tokens, instruction tokens, retention.
 SMALL, LARGE = 1024, 4096

@@ -284,7 +284,7 @@ def assert_policy_agrees(
     alpha: float = 0.9,
     elite: str = "per-head",
     window: int = INSTRUCTION_LIMIT,
-    budget: str = "aircache",
+    budget: str = "global",
 ) -> None:
     """Check budgets and selection against the policy, given Transformers' own queries and keys.
 

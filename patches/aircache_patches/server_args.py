@@ -48,7 +48,8 @@ class AirCacheServerArgs(ServerArgs):
     aircache_budget: A[
         str,
         Arg(
-            help="What splits the kept tokens over the layers (AirCache eq. 11).",
+            help="What splits the kept tokens over the layers: one threshold for all of them "
+            "('global'), or the paper's eq. 11 ('aircache') and what it is compared with.",
             choices=list(BUDGET_MODES),
         ),
         NS("memory"),

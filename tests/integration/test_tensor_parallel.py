@@ -35,7 +35,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("budget", ["aircache", "global"])
+@pytest.mark.parametrize("budget", ["global", "aircache"])
 @pytest.mark.parametrize("retention", [0.5, 0.1])
 @pytest.mark.parametrize("shape", PROMPTS)
 def test_logprobs_selection_and_budgets(

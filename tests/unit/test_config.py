@@ -72,11 +72,12 @@ def server_args(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(values | {f"aircache_{name}": x for name, x in changes.items()}))
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults() -> None:
+    """The paper's but for the budgets."""
     assert AirCacheConfig() == AirCacheConfig(
         retention=0.1,
         alpha=0.9,
-        budget="aircache",
+        budget="global",
         window="elite",
         elite="per-head",
         min_visual_tokens=64,

@@ -22,9 +22,9 @@ from aircache_sglang.runtime.kernel_pass import KernelPass
 from aircache_sglang.runtime.warm_up import Kernels, warm_up
 from tests.unit.kernels.compile_for_gpu import CompileOnlyDriver
 from tests.unit.kernels.test_engine_twins import (
-    GLOBAL,
     H_Q,
     MIXED,
+    PAPER,
     PROMPTS,
     SAME,
     D,
@@ -91,6 +91,6 @@ if __name__ == "__main__":
     )
     warm_up(kernels, [1, 16, 32])
     at_start = len(compiled)
-    for configs in ([SAME] * 3, [GLOBAL] * 3, list(MIXED)):
+    for configs in ([SAME] * 3, [PAPER] * 3, list(MIXED)):
         serve(build(configs), decoder, extender)
     print(json.dumps({"at_start": at_start, "later": compiled[at_start:]}))

@@ -338,7 +338,7 @@ def test_the_types_that_are_compiled(
         served = Served(SHAPE, dtype, kv_dtype)
         for run in (
             pass_of(served),
-            pass_of(served, budget="global"),
+            pass_of(served, budget="aircache"),
             decode_of(served, 16, torch.int64),
             extend_of(served),
             verify_of(served, 16, 12),

@@ -33,7 +33,7 @@ def test_a_default_is_no_knob() -> None:
     assert Setting.of("aircache", 0.1, alpha=0.8) != PLAIN
     assert PLAIN.key() == {"policy": "aircache", "retention": 0.1}
     server = AirCacheConfig()
-    assert {name: getattr(server, name) for name in DEFAULTS} == DEFAULTS
+    assert {name: getattr(server, name) for name in DEFAULTS} == {**DEFAULTS, "budget": "global"}
     assert PLAIN.overrides() == {**PLAIN.key(), "min_visual_tokens": 1, "gate": "off", **DEFAULTS}
 
 
