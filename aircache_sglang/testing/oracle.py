@@ -324,6 +324,17 @@ def assert_keeps_the_best(
             assert (score[~is_kept] <= least * (1 + 1e-3)).all(), f"layer {layer}"
 
 
+def policy_budgets(
+    chosen: policy.Policy, states: policy.States, scores: torch.Tensor, m: int
+) -> torch.Tensor:
+    """A policy's budgets of m columns, int64 [L], with the scores of all heads [L, H_kv, N_v]."""
+    n_layers, n_kv, n_visual = scores.shape
+    statistics = chosen.statistics(states, scores)
+    if chosen.global_budgets:
+        statistics = policy.global_counts(scores, n_layers * n_kv * m)[None]
+    return chosen.budgets(statistics, n_visual, m)
+
+
 def policy_states(trace: Trace, *, visual_window: int = 0) -> policy.States:
     """All that a policy looks at, from Transformers' own states."""
     text = trace.instruction

@@ -41,12 +41,17 @@ from aircache_sglang.policy import (
     States,
     columns,
     get_policy,
-    global_counts,
     largest_remainder,
 )
 from aircache_sglang.policy.prompt_attention import causal_attention, instruction_attention
 from aircache_sglang.policy.tgvkv import text_weights
-from aircache_sglang.testing.oracle import Oracle, Selection, Trace, policy_states
+from aircache_sglang.testing.oracle import (
+    Oracle,
+    Selection,
+    Trace,
+    policy_budgets,
+    policy_states,
+)
 from benchmarks.documents import CHECKPOINT
 from benchmarks.documents.evaluate import text_of
 from benchmarks.documents.questions import (
@@ -114,10 +119,7 @@ def chosen(method: str, states: States, heads: Tensor, retention: float) -> Sele
     scores = means(states) if method == "tgvkv, means" else policy.score(states)
     n_layers, n_kv, n_visual = scores.shape
     m = columns(retention, n_visual)
-    statistics = policy.statistics(states, scores)
-    if policy.global_budgets:
-        statistics = global_counts(scores, n_layers * n_kv * m)[None]
-    budgets = policy.budgets(statistics, n_visual, m)
+    budgets = policy_budgets(policy, states, scores, m)
     if method == "global, heads":
         top = scores.flatten().topk(n_layers * n_kv * m).indices // n_visual
         counts = torch.bincount(top, minlength=n_layers * n_kv).view(n_layers, n_kv)
@@ -182,9 +184,9 @@ def of_all_tokens(trace: Trace) -> dict[float, Selection]:
     states = policy_states(dataclasses.replace(trace, unified=True))
     policy = get_policy("aircache")
     scores = policy.score(states)
-    statistics, found = policy.statistics(states, scores), {}
+    found = {}
     for retention in TABLE_6:
-        budgets = policy.budgets(statistics, scores.shape[2], columns(retention, scores.shape[2]))
+        budgets = policy_budgets(policy, states, scores, columns(retention, scores.shape[2]))
         counts = budgets[:, None].expand(scores.shape[:2])
         found[retention] = cells_by_head(scores, counts)
     return found

@@ -18,6 +18,7 @@ from aircache_sglang.testing.oracle import (
     Oracle,
     assert_agrees,
     assert_keeps_the_best,
+    policy_budgets,
     policy_states,
 )
 from aircache_sglang.testing.prompts import ask, picture, user_prompt, words
@@ -82,14 +83,10 @@ def test_every_policy_serves(answers: dict[str, Any], oracle: Oracle, name: str)
         mean = scores.mean(dim=1, keepdim=True).expand_as(scores)
         if chosen.shares_selection:
             scores = mean
-        statistics = chosen.statistics(states, scores)
-        n_visual, m = len(trace.audience), report["columns"]
-        if chosen.global_budgets:
-            cells = scores.shape[0] * scores.shape[1] * m
-            statistics = policy.global_counts(scores, cells)[None]
+        budgets = policy_budgets(chosen, states, scores, report["columns"])
         if config.ablation.selection == "shared":
             scores = mean
-        assert_keeps_the_best(report, scores, chosen.budgets(statistics, n_visual, m).tolist())
+        assert_keeps_the_best(report, scores, budgets.tolist())
     importance = policy.importance_batched(
         states.q_text, states.k_text, states.k_visual, unified=states.unified
     )

@@ -19,6 +19,7 @@ from aircache_sglang.testing.oracle import (
     assert_agrees,
     assert_keeps_the_best,
     assert_policy_agrees,
+    policy_budgets,
     policy_states,
 )
 from aircache_sglang.testing.prompts import (
@@ -94,8 +95,7 @@ def test_visual_queries_chunk_by_chunk(
     states = policy_states(trace, visual_window=chosen.visual_window)
     scores = chosen.score(states)
     report = answer["meta_info"]["aircache"]
-    statistics = chosen.statistics(states, scores)
-    budgets = chosen.budgets(statistics, len(trace.visual), report["columns"])
+    budgets = policy_budgets(chosen, states, scores, report["columns"])
     assert_keeps_the_best(report, scores, budgets.tolist())
     assert again["meta_info"]["aircache"] == report, "also when its pictures are in the tree"
     # All before the first query that is looked at; without a window, all before the pictures.
