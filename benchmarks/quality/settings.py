@@ -41,7 +41,7 @@ class Setting:
 
     policy: of the server; "none" is the full cache, "server" asks for nothing, so that any server
         answers as it was started; or one of PRUNING.
-    knobs: overrides that differ from AirCache's defaults, sorted, so that equal settings are equal.
+    knobs: overrides that differ from `DEFAULTS`, sorted, so that equal settings are equal.
     """
 
     policy: str
