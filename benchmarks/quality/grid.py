@@ -48,7 +48,8 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         runs, rows = read(path) if records.stored(path).exists() else ([], [])
         for other in runs:
-            if (other["model"], other["weights"]) != (run["model"], run["weights"]):
+            # Weights are the same wherever they stand.
+            if (other["weights"] or other["model"]) != (run["weights"] or run["model"]):
                 raise ValueError(
                     f"{path} has answers of {other['model']} ({other['weights']}), not of "
                     f"{run['model']} ({run['weights']}): name another --file"

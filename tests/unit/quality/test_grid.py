@@ -140,6 +140,13 @@ def test_another_models_answers_are_not_mixed_in(tmp_path: Path) -> None:
     run(path, Server())
     with pytest.raises(ValueError, match=r"answers of a \(None\), not of b \(None\)"):
         Rows(path, {**RUN, "model": "b"})
+    path.unlink()
+    with Rows(path, {**RUN, "weights": "w"}) as rows:
+        rows.add({"sample": "s"}, {})
+    with Rows(path, {**RUN, "weights": "w", "model": "b"}) as rows:  # moved
+        rows.add({"sample": "t"}, {})
+    with pytest.raises(ValueError, match=r"answers of a \(w\), not of a \(v\)"):
+        Rows(path, {**RUN, "weights": "v"})
 
 
 def test_the_full_cache_comes_first_and_is_the_reference(tmp_path: Path) -> None:
