@@ -19,6 +19,10 @@ from typing import Any
 # after the last picture, and eq. 4 is quadratic in it.
 INSTRUCTION_LIMIT = 512
 
+# Torch takes counts as int64, and its pools on a GPU add them up in int32.
+LARGEST = 2**31 - 1
+WIDEST = 2**16 - 1
+
 POLICIES = (
     "aircache",
     "elastic",
@@ -98,6 +102,8 @@ def _check_window(name: str, value: Any) -> str:
 def _check_count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be an integer <= {LARGEST}, got {value!r}")
     return value
 
 
@@ -116,6 +122,8 @@ def _check_rungs(name: str, value: Any) -> tuple[float, ...]:
 def _check_odd(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
         raise ValueError(f"{name} must be an odd integer >= 1, got {value!r}")
+    if value > WIDEST:
+        raise ValueError(f"{name} must be an odd integer <= {WIDEST}, got {value!r}")
     return value
 
 

@@ -67,6 +67,23 @@ def answers(aircache_server: Server) -> dict[str, Any]:
         return dict(zip(SETTINGS, found, strict=True))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"ablation": {"rank": 2**31 - 1}},
+        {"policy": "snapkv", "ablation": {"kernel": 2**16 - 1}},
+        {"policy": "streaming", "ablation": {"sinks": 2**31 - 1}},
+        {"policy": "random", "ablation": {"seed": 2**31 - 1}},
+    ],
+    ids=str,
+)
+def test_the_largest_numbers_serve(
+    aircache_server: Server, oracle: Oracle, overrides: dict[str, Any]
+) -> None:
+    answer = ask(aircache_server, PROMPT, asked(overrides), max_new_tokens=4)
+    assert_agrees(oracle, PROMPT, answer)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_policy_serves(answers: dict[str, Any], oracle: Oracle, name: str) -> None:
     answer, config = (

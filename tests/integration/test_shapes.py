@@ -274,6 +274,7 @@ def test_chat(server: Server) -> None:
         ({"window": "last-0"}, ["aircache.window", "last-0"]),
         ({"elite": "none"}, ["aircache.elite", "none"]),
         ({"min_visual_tokens": 0}, ["aircache.min_visual_tokens", "got 0"]),
+        ({"ablation": {"rank": 2**31}}, ["aircache.ablation.rank", "got 2147483648"]),
         ({"return_selection": "yes"}, ["aircache.return_selection", "'yes'"]),
         ([0.1], ["must be an object", "[0.1]"]),
     ],

@@ -197,6 +197,9 @@ BAD_ABLATIONS: list[tuple[Any, str]] = [
     ({"merge": 1.5}, r"\.merge must be a number with 0 <= x <= 1, got 1\.5"),
     ({"merge_by": "key"}, r"\.merge_by must be one of position, similar, got 'key'"),
     ({"rank": -1}, r"\.rank must be an integer >= 0, got -1"),
+    ({"rank": 2**64 - 1}, r"\.rank must be an integer <= 2147483647, got 18446744073709551615"),
+    ({"seed": 2**31}, r"\.seed must be an integer <= 2147483647, got 2147483648"),
+    ({"kernel": 2**16 + 1}, r"\.kernel must be an odd integer <= 65535, got 65537"),
     ({"seed": True}, r"\.seed must be an integer >= 0, got True"),
     ({"kernel": 4}, r"\.kernel must be an odd integer >= 1, got 4"),
     ({"sinks": 0.5}, r"\.sinks must be an integer >= 0, got 0\.5"),
@@ -501,6 +504,7 @@ def test_a_bounded_conversation() -> None:
         ({"ablation": {"rank": 2}}, "session_columns needs aircache.ablation unset"),
         ({"session_columns": 5}, "must hold one picture on its smallest rung, that is 6 columns"),
         ({"session_columns": 0}, "session_columns must be an integer >= 1, got 0"),
+        ({"session_columns": 2**31}, "session_columns must be an integer <= 2147483647"),
         ({"session_columns": "many"}, "session_columns must be an integer >= 1, got 'many'"),
     ],
 )
