@@ -325,11 +325,10 @@ def assert_keeps_the_best(
 
 
 def policy_budgets(
-    chosen: policy.Policy, states: policy.States, scores: torch.Tensor, m: int
+    chosen: policy.Policy, statistics: torch.Tensor, scores: torch.Tensor, m: int
 ) -> torch.Tensor:
     """A policy's budgets of m columns, int64 [L], with the scores of all heads [L, H_kv, N_v]."""
     n_layers, n_kv, n_visual = scores.shape
-    statistics = chosen.statistics(states, scores)
     if chosen.global_budgets:
         statistics = policy.global_counts(scores, n_layers * n_kv * m)[None]
     return chosen.budgets(statistics, n_visual, m)

@@ -119,7 +119,7 @@ def chosen(method: str, states: States, heads: Tensor, retention: float) -> Sele
     scores = means(states) if method == "tgvkv, means" else policy.score(states)
     n_layers, n_kv, n_visual = scores.shape
     m = columns(retention, n_visual)
-    budgets = policy_budgets(policy, states, scores, m)
+    budgets = policy_budgets(policy, policy.statistics(states, scores), scores, m)
     if method == "global, heads":
         top = scores.flatten().topk(n_layers * n_kv * m).indices // n_visual
         counts = torch.bincount(top, minlength=n_layers * n_kv).view(n_layers, n_kv)
@@ -184,9 +184,9 @@ def of_all_tokens(trace: Trace) -> dict[float, Selection]:
     states = policy_states(dataclasses.replace(trace, unified=True))
     policy = get_policy("aircache")
     scores = policy.score(states)
-    found = {}
+    statistics, found = policy.statistics(states, scores), {}
     for retention in TABLE_6:
-        budgets = policy_budgets(policy, states, scores, columns(retention, scores.shape[2]))
+        budgets = policy.budgets(statistics, scores.shape[2], columns(retention, scores.shape[2]))
         counts = budgets[:, None].expand(scores.shape[:2])
         found[retention] = cells_by_head(scores, counts)
     return found

@@ -100,7 +100,8 @@ def test_every_policy_serves(answers: dict[str, Any], oracle: Oracle, name: str)
         mean = scores.mean(dim=1, keepdim=True).expand_as(scores)
         if chosen.shares_selection:
             scores = mean
-        budgets = policy_budgets(chosen, states, scores, report["columns"])
+        statistics = chosen.statistics(states, scores)
+        budgets = policy_budgets(chosen, statistics, scores, report["columns"])
         if config.ablation.selection == "shared":
             scores = mean
         assert_keeps_the_best(report, scores, budgets.tolist())

@@ -95,7 +95,8 @@ def test_visual_queries_chunk_by_chunk(
     states = policy_states(trace, visual_window=chosen.visual_window)
     scores = chosen.score(states)
     report = answer["meta_info"]["aircache"]
-    budgets = policy_budgets(chosen, states, scores, report["columns"])
+    statistics = chosen.statistics(states, scores)
+    budgets = policy_budgets(chosen, statistics, scores, report["columns"])
     assert_keeps_the_best(report, scores, budgets.tolist())
     assert again["meta_info"]["aircache"] == report, "also when its pictures are in the tree"
     # All before the first query that is looked at; without a window, all before the pictures.

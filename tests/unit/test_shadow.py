@@ -23,6 +23,7 @@ from aircache_sglang.runtime.agreement import Comparison
 from aircache_sglang.runtime.decide import Intent, Reason
 from aircache_sglang.runtime.record import CompressionRecord
 from aircache_sglang.runtime.spans import VisualPrompt
+from tests.support.one_rank import ONE_RANK
 
 VOCABULARY = 50
 PROMPT = VisualPrompt(spans=((2, 6),), length=9, n_visual=4)
@@ -50,13 +51,9 @@ class Item(SimpleNamespace):
         )
 
 
-class Heads(SimpleNamespace):
-    ranks = 1
-
-
 def make(**changes: Any) -> Shadows:
     config = AirCacheConfig(shadow=1.0, **changes)
-    return Shadows(config, Heads(), ShadowMetrics(None))  # type: ignore[arg-type]
+    return Shadows(config, ONE_RANK, ShadowMetrics(None))
 
 
 def request(shadows: Shadows, *, rid: str = "r", n: int = 5, item: Item | None = None) -> Any:
@@ -94,7 +91,7 @@ def waiting(shadows: Shadows) -> list[Sample]:
 
 
 def test_a_share_is_a_hash_of_the_id() -> None:
-    shadows = Shadows(AirCacheConfig(shadow=0.25), Heads(), ShadowMetrics(None))  # type: ignore[arg-type]
+    shadows = Shadows(AirCacheConfig(shadow=0.25), ONE_RANK, ShadowMetrics(None))
     names = [f"request-{i}" for i in range(4000)]
     chosen = [name for name in names if shadows.is_sampled(SimpleNamespace(rid=name))]
     assert abs(len(chosen) / len(names) - 0.25) < 0.03
